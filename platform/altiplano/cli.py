@@ -1,0 +1,235 @@
+"""The command line: parse, call, print. Nothing heavy is imported until a command needs it.
+
+Users' errors end as one message and exit code 1; Ctrl-C as 130 with nothing lost.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from altiplano.errors import AltiplanoError
+
+if TYPE_CHECKING:
+    from altiplano.config import Project
+
+app = typer.Typer(
+    help="Teach a LLaMA-type model a new language on one Ray cluster, and serve it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+tokenizer_app = typer.Typer(help="Train, merge and compare vocabularies.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare and look at training data.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+
+ConfigArgument = Annotated[Path, typer.Argument(help="The run's YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value, over the YAML.", show_default=False)
+]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster to join; RAY_ADDRESS otherwise.", show_default=False)
+]
+Force = Annotated[bool, typer.Option("--force", help="Run it even if it is up to date.")]
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    start: Annotated[str | None, typer.Option("--from", help="First stage; it is run again.")] = None,
+    until: Annotated[str | None, typer.Option("--until", help="Last stage.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run; do nothing.")] = False,
+    address: Address = None,
+) -> None:
+    """Run every stage that is not up to date, from raw text to a servable model."""
+    from altiplano import commands
+
+    commands.run(_load(config, overrides), start, until, dry_run=dry_run, address=address)
+
+
+def _stage_command(verb: str, summary: str) -> Callable[..., None]:
+    """A command that runs the stages of one verb."""
+
+    def command(
+        config: ConfigArgument,
+        overrides: Overrides = None,
+        force: Force = False,
+        address: Address = None,
+    ) -> None:
+        from altiplano import commands
+
+        commands.run_verb(_load(config, overrides), verb, force=force, address=address)
+
+    command.__doc__ = summary
+    return command
+
+
+for _verb, _summary in {
+    "extend": "Give the base model rows for the new pieces.",
+    "pretrain": "Continue pre-training, stage by stage.",
+    "sft": "Tune on instructions.",
+    "merge": "Merge the adapters into one model.",
+    "draft": "Make the draft model for speculative decoding.",
+    "evaluate": "Measure before and after.",
+}.items():
+    app.command(_verb)(_stage_command(_verb, _summary))
+
+
+@app.command()
+def serve(
+    target: Annotated[Path, typer.Argument(help="The YAML, a finished run or a model directory.")],
+    overrides: Overrides = None,
+    address: Address = None,
+) -> None:
+    """Serve a finished run over HTTP (OpenAI routes) until Ctrl-C."""
+    from altiplano import commands
+
+    commands.serve(target, overrides or [], address=address)
+
+
+@app.command()
+def verify(artifacts: Annotated[list[Path], typer.Argument(help="Artifact directories.")]) -> None:
+    """Recompute every hash of artifacts and say what differs."""
+    from altiplano import commands
+
+    commands.verify(artifacts)
+
+
+@app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """What a config will train, and what it will take, before anything is started."""
+    from altiplano import commands
+
+    commands.plan(_load(config, overrides), as_json=as_json)
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="The service.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Model name; the first served.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+) -> None:
+    """Talk to a served model in the terminal."""
+    from altiplano.chat import chat as talk
+
+    talk(url, model=model, system=system)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    inputs: Annotated[list[str], typer.Option("--input", help="Text files or globs.")],
+    vocab_size: Annotated[int, typer.Option(help="Pieces to train.")],
+    output: Annotated[Path, typer.Option(help="Directory to write.")],
+    model_type: Annotated[str, typer.Option(help="bpe or unigram.")] = "bpe",
+    character_coverage: Annotated[float, typer.Option(help="Share of characters covered.")] = 0.9995,
+) -> None:
+    """Train a SentencePiece model on text."""
+    from altiplano import commands
+
+    commands.tokenizer_train(inputs, vocab_size, output, model_type, character_coverage)
+
+
+@tokenizer_app.command("merge")
+def tokenizer_merge(
+    base: Annotated[Path, typer.Option(help="Tokenizer directory or .model file.")],
+    add: Annotated[list[Path], typer.Option(help="Trained .model to add; repeatable.")],
+    output: Annotated[Path, typer.Option(help="Directory to write.")],
+    scores: Annotated[str, typer.Option(help="distinct or reference.")] = "distinct",
+    pad_piece: Annotated[str | None, typer.Option(help="Append a padding piece.")] = None,
+) -> None:
+    """Merge trained pieces into a base vocabulary."""
+    from altiplano import commands
+
+    commands.tokenizer_merge(base, add, output, scores, pad_piece)
+
+
+@tokenizer_app.command("report")
+def tokenizer_report(
+    tokenizers: Annotated[list[Path], typer.Argument(help="Directories or .model files.")],
+    text: Annotated[list[Path], typer.Option(help="Text files to measure on.")],
+) -> None:
+    """Compare vocabularies on texts."""
+    from altiplano import commands
+
+    commands.tokenizer_report(tokenizers, text)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    force: Force = False,
+    address: Address = None,
+) -> None:
+    """Tokenise and pack texts and instruction records."""
+    from altiplano import commands
+
+    commands.run_verb(_load(config, overrides), "data", force=force, address=address)
+
+
+@data_app.command("preview")
+def data_preview(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    records: Annotated[int, typer.Option(help="How many records.")] = 3,
+) -> None:
+    """Show records as the model sees them, the trained tokens coloured."""
+    from altiplano import commands
+
+    commands.data_preview(_load(config, overrides), records)
+
+
+def main() -> None:
+    """Console entry point."""
+    with user_errors():
+        app()
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn errors a user can mend into one message and an exit code."""
+    try:
+        yield
+    except AltiplanoError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; finished stages are kept, run the same command again to go on", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        _fail(f"cannot write{where}: {os.strerror(error.errno)}; nothing finished was lost", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
+    sys.exit(code)
+
+
+def _plain(message: str) -> str:
+    from rich.markup import escape
+
+    return escape(message)
+
+
+def _load(config: Path, overrides: list[str] | None) -> "Project":
+    from altiplano.config import load_config
+
+    return load_config(config, overrides)
+
+
+if __name__ == "__main__":
+    main()

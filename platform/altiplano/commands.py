@@ -1,0 +1,250 @@
+"""What each command does once its arguments are parsed; shared by the command line and jobs/.
+
+Knows every room by name and none in detail.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal, cast
+
+from altiplano.artifact import open_artifact
+from altiplano.cluster import connect
+from altiplano.config import Project, load_config
+from altiplano.console import console
+from altiplano.errors import AltiplanoError, ConfigError
+from altiplano.pipeline import (
+    build_stages,
+    exclusive,
+    run_stages,
+    select,
+    survey,
+    survey_table,
+)
+from altiplano.stages.stage import artifact_path
+
+
+def run(
+    project: Project,
+    start: str | None,
+    until: str | None,
+    *,
+    dry_run: bool,
+    address: str | None,
+) -> None:
+    """Run the stages from `start` to `until`; with `dry_run` only say what would run."""
+    stages = select(build_stages(project), start, until)
+    if dry_run:
+        console.print(survey_table(project, survey(project, stages)))
+        plan(project, as_json=False)
+        return
+    forced = {stages[0].name} if start else set[str]()
+    with exclusive(project):
+        found = survey(project, stages)
+        console.print(survey_table(project, found))
+        if forced or not all(status.current for _, status in found):
+            with connect(project.config.cluster, address):
+                run_stages(project, stages, forced=forced)
+    if stages[-1].verb == "evaluate":
+        show_report(project)
+        console.print(f"next: altiplano serve {shown(project.output)}")
+
+
+def run_verb(project: Project, verb: str, *, force: bool, address: str | None) -> None:
+    """Run the stages of one verb; what they read must be there."""
+    stages = [stage for stage in build_stages(project) if stage.verb == verb]
+    if not stages:
+        raise ConfigError(f"{project.source} has no `{verb}` section: add one to run this stage")
+    with exclusive(project), connect(project.config.cluster, address):
+        run_stages(project, stages, forced={stage.name for stage in stages} if force else None)
+    following = _next_stage(project, stages[-1].name)
+    console.print(f"next: altiplano {following}")
+
+
+def serve(target: Path, overrides: list[str], *, address: str | None) -> None:
+    """Serve a run named by its YAML, its directory or a model directory, until interrupted."""
+    from altiplano.config.schema import ClusterSection
+    from altiplano.serving.service import find_parts, load_serve_section, serve_until_interrupted
+
+    if target.suffix in (".yaml", ".yml"):
+        project = load_config(target, overrides)
+        section, cluster, place = project.config.serve, project.config.cluster, project.output
+    else:
+        section, cluster, place = load_serve_section(overrides), ClusterSection(), target
+    parts = find_parts(place)
+    with connect(cluster, address):
+        serve_until_interrupted(section, parts)
+
+
+def verify(paths: list[Path]) -> None:
+    """Check artifacts: file hashes, and the fingerprints of tokenizer and weights."""
+    from altiplano.model.load import weights_fingerprint
+    from altiplano.vocabulary.load import tokenizer_fingerprint
+
+    problems = []
+    for path in paths:
+        try:
+            manifest = open_artifact(path).manifest
+            if manifest.kind == "model":
+                _require_equal(path, "weights", manifest.weights_fingerprint, weights_fingerprint(path))
+            if manifest.kind in ("model", "tokenizer"):
+                found = tokenizer_fingerprint(path)
+                _require_equal(path, "tokenizer", manifest.tokenizer_fingerprint, found)
+            console.print(f"[green]whole[/]   {path}  ({manifest.kind}, {len(manifest.files)} files)")
+        except AltiplanoError as error:
+            problems.append(str(error))
+    if problems:
+        raise AltiplanoError("\n".join(problems))
+
+
+def plan(project: Project, *, as_json: bool) -> None:
+    """Print what will be trained and what it takes."""
+    from altiplano.plan import make_plan, plan_table
+
+    made = make_plan(project)
+    if as_json:
+        print(json.dumps(made.to_json(), indent=2))
+    else:
+        console.print(plan_table(made))
+
+
+def show_report(project: Project) -> None:
+    """Print the run's final table."""
+    from altiplano.evaluate.report import read_report, report_table
+
+    console.print(report_table(read_report(artifact_path(project, "evaluate"))))
+
+
+def tokenizer_train(
+    inputs: list[str], vocab_size: int, output: Path, model_type: str, character_coverage: float
+) -> None:
+    """Train a SentencePiece model on text files."""
+    from altiplano.config.schema import TextSource
+    from altiplano.data.sources import training_texts
+    from altiplano.vocabulary.train import train_sentencepiece
+
+    kind = _choice("--model-type", model_type, ("bpe", "unigram"))
+    sources = [TextSource(path=path, language="any") for path in inputs]
+    texts = training_texts(
+        sources, lambda path: path, languages=["any"], held_out=0.0, on_error="fail"
+    )
+    with _written_beside(output) as folder:
+        train_sentencepiece(
+            texts,
+            vocab_size=vocab_size,
+            output=folder / "trained.model",
+            model_type=cast(Literal["bpe", "unigram"], kind),
+            character_coverage=character_coverage,
+        )
+    console.print(f"wrote {output / 'trained.model'}")
+    console.print(
+        f"next: altiplano tokenizer merge --base BASE --add {output / 'trained.model'} --output DIR"
+    )
+
+
+def tokenizer_merge(
+    base: Path, add: list[Path], output: Path, scores: str, pad_piece: str | None
+) -> None:
+    """Merge trained pieces into a base vocabulary and write a tokenizer directory."""
+    from altiplano.storage import sha256_of
+    from altiplano.vocabulary.convert import save_tokenizer
+    from altiplano.vocabulary.merge import merge_sentencepiece
+
+    choice = _choice("--scores", scores, ("distinct", "reference"))
+    base_file = base / "tokenizer.model" if base.is_dir() else base
+    merged = merge_sentencepiece(
+        base_file, add, scores=cast(Literal["distinct", "reference"], choice), pad_piece=pad_piece
+    )
+    with _written_beside(output) as folder:
+        save_tokenizer(merged.proto, folder, pad_piece=pad_piece)
+    console.print(
+        f"{merged.old_size} + {merged.added} new pieces = {merged.new_size} "
+        f"({merged.overlap} were there already)"
+    )
+    console.print(f"sha256 {sha256_of(output / 'tokenizer.model')}  {output / 'tokenizer.model'}")
+    console.print(f"next: altiplano tokenizer report {base} {output} --text FILE")
+
+
+def tokenizer_report(tokenizers: list[Path], text: list[Path]) -> None:
+    """Compare vocabularies on texts."""
+    from altiplano.errors import DataError
+    from altiplano.vocabulary.load import Vocabulary
+    from altiplano.vocabulary.report import report, report_table
+
+    texts = {}
+    for path in text:
+        try:
+            texts[path.name] = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {path} as UTF-8 text: {error}") from None
+    console.print(report_table(report({str(p): Vocabulary(p) for p in tokenizers}, texts)))
+
+
+def data_preview(project: Project, records: int) -> None:
+    """Show what the model will see, the trained tokens coloured."""
+    from altiplano.data.preview import preview_chat, preview_text
+
+    section = project.config.data
+    vocabulary_dir = open_artifact(artifact_path(project, "tokenizer"), "tokenizer").path
+    if section.text:
+        preview_text(section.text, project.resolve, vocabulary_dir, records=records)
+    if section.instructions:
+        preview_chat(
+            section.instructions,
+            project.resolve,
+            vocabulary_dir,
+            template=section.template,
+            system_prompt=section.system_prompt,
+            records=records,
+        )
+
+
+class _written_beside:  # noqa: N801 - reads as a verb in `with`
+    """A directory that is renamed to its final place only if the block ends well."""
+
+    def __init__(self, final: Path) -> None:
+        self._final = final
+        self._partial = final.with_name(final.name + ".partial")
+
+    def __enter__(self) -> Path:
+        if self._final.exists():
+            raise AltiplanoError(f"{self._final} exists: give another --output, or delete it")
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True)
+        return self._partial
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._partial.rename(self._final)
+        else:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def _choice(option: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ConfigError(f"{option} is {value!r}, it must be one of {', '.join(allowed)}")
+    return value
+
+
+def _require_equal(path: Path, what: str, recorded: str | None, found: str) -> None:
+    if recorded != found:
+        raise AltiplanoError(
+            f"{path}: the manifest says {what} {recorded}, the files give {found}; "
+            f"delete the directory and run its stage again"
+        )
+
+
+def _next_stage(project: Project, name: str) -> str:
+    names = [stage.name for stage in build_stages(project)]
+    position = names.index(name) + 1
+    if position == len(names):
+        return f"serve {shown(project.output)}"
+    return f"run {shown(project.source)} --from {names[position]}"
+
+
+def shown(path: Path) -> str:
+    """A path as short as it can be typed from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

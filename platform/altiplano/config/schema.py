@@ -1,0 +1,335 @@
+"""The whole config as one typed tree: every key of the YAML is declared and documented here.
+
+The text under a field is its documentation. A section knows what may be said, not what a stage
+does with it. Unknown keys are errors (`extra="forbid"`); the tree is frozen once loaded.
+Costs one import of pydantic.
+"""
+
+from pathlib import PurePosixPath
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from altiplano.config.training import FullTrainSettings, Section, TrainSettings
+
+
+class TextSource(Section):
+    """One corpus of plain text."""
+
+    path: str
+    """File, glob or fsspec URL; relative paths start at the project root."""
+    language: str
+    """Language code such as `en` or `zh`; held-out bits per byte are reported per language."""
+    format: Literal["auto", "lines", "paragraphs", "file", "jsonl", "json"] = "auto"
+    """How documents are told apart: one per line, per blank-line block, per file, or by record.
+    `auto` goes by the suffix: .jsonl, .json, else paragraphs."""
+    text_key: str = "text"
+    """For JSON: dotted path to the text; lists on the way are walked (`data.paragraphs.context`)."""
+    max_documents: int | None = Field(None, ge=1)
+    """Take at most this many documents."""
+
+
+class InstructionSource(Section):
+    """One file of instruction records (JSON list or JSON lines; Alpaca keys or `messages`)."""
+
+    path: str
+    """File, glob or fsspec URL."""
+    language: str
+    """Language code, for the reports."""
+    max_records: int | None = Field(None, ge=1)
+    """Take at most this many records."""
+
+
+class WorldSection(Section):
+    """The bilingual world the demo generates for itself: facts told in English and Chinese."""
+
+    people: int = Field(40, ge=4)
+    """How many people the world holds; facts and questions grow with it."""
+    seed: int = 0
+    """The same seed gives the same bytes."""
+
+
+class ScratchTokenizer(Section):
+    """SentencePiece model trained for a base model that is made from scratch."""
+
+    vocab_size: int = Field(ge=270)
+    """Number of pieces, the 256 byte pieces and 3 control pieces included."""
+
+
+class Shape(Section):
+    """Shape of a Llama made from scratch (names as in transformers' LlamaConfig)."""
+
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    intermediate_size: int = 352
+    """Width of the gated MLP."""
+    num_hidden_layers: int = 4
+    """Number of blocks."""
+    num_attention_heads: int = 4
+    """Query heads; hidden_size / heads must be a head size vLLM serves (32, 64, 80, 96, 128 ...)."""
+    num_key_value_heads: int = 4
+    """Key/value heads (fewer than query heads: grouped-query attention)."""
+    max_position_embeddings: int = 512
+    """Longest context in tokens."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    tie_word_embeddings: bool = False
+    """Whether the head is the embedding."""
+
+
+class ScratchSection(Section):
+    """A base model trained from nothing; for demos and tests."""
+
+    text: list[TextSource] = Field(min_length=1)
+    """What the base model reads."""
+    tokenizer: ScratchTokenizer
+    """Its own vocabulary."""
+    shape: Shape = Shape()
+    """Its shape."""
+    train: FullTrainSettings
+    """How it is trained; all parameters are."""
+
+
+class BaseModelSection(Section):
+    """The model to teach: a directory, a hub id, or one made from scratch. Give exactly one."""
+
+    path: str | None = None
+    """Hugging Face directory (safetensors + tokenizer.model), fsspec URL, or hub id."""
+    scratch: ScratchSection | None = None
+    """Train a tiny base model as the first stage."""
+    allow_pickle: bool = False
+    """Read pytorch_model*.bin; pickle can run code, so it is refused unless asked for."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.scratch is None):
+            raise ValueError("give exactly one of `path` and `scratch`")
+        return self
+
+
+class TokenizerSection(Section):
+    """Train a SentencePiece model on the corpus and merge it into the base's."""
+
+    vocab_size: int | None = Field(None, ge=16)
+    """Pieces to train on the texts of `languages` (before pieces the base has are dropped)."""
+    languages: list[str] = ["zh"]
+    """Which of the corpus' languages the new pieces are trained on."""
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    """SentencePiece algorithm of the addition."""
+    character_coverage: float = Field(0.9995, gt=0.9, le=1.0)
+    """Share of the characters that must be covered by pieces of their own."""
+    add: list[str] = []
+    """Further trained `.model` files to merge, in order."""
+    scores: Literal["distinct", "reference"] = "distinct"
+    """`distinct`: ids are the same in SentencePiece, Hugging Face and vLLM.
+    `reference`: score 0 for every added piece, byte for byte as Chinese-LLaMA-Alpaca."""
+    pad_piece: str | None = None
+    """Append one padding piece, for instance `[PAD]`."""
+
+    @model_validator(mode="after")
+    def _something_to_add(self) -> Self:
+        if self.vocab_size is None and not self.add:
+            raise ValueError("give `vocab_size` (train new pieces) or `add` (merge trained models)")
+        return self
+
+
+class ExtendSection(Section):
+    """New rows of the embedding and the head."""
+
+    init: Literal["subpiece_mean", "mean", "gaussian", "random"] = "subpiece_mean"
+    """How a new row starts: mean of the rows the base tokenizer splits the piece into; mean of all
+    rows; a draw from the rows' mean and covariance; a draw with the model's initializer_range."""
+
+
+class DataSection(Section):
+    """What is read for training, and how it becomes tokens."""
+
+    text: list[TextSource] = []
+    """Corpora for the vocabulary and for pre-training."""
+    instructions: list[InstructionSource] = []
+    """Records for instruction tuning."""
+    held_out: float = Field(0.02, ge=0, lt=0.5)
+    """Share of the documents kept out of training, chosen by a hash of their content."""
+    sequence_length: int = Field(512, ge=16)
+    """Tokens per block."""
+    template: Literal["llama-2", "alpaca", "vicuna", "chatml"] = "llama-2"
+    """Chat template of instruction tuning; stored with the model, so serving uses the same."""
+    system_prompt: str = ""
+    """System message of the template; empty for none."""
+    overlong: Literal["fail", "drop", "truncate_prompt"] = "truncate_prompt"
+    """A record longer than a block: stop, leave it out (counted), or cut the prompt's middle.
+    An answer is never cut; one that alone does not fit is dropped and counted."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """A record that cannot be read: stop with its place, or skip and count it."""
+
+
+class PretrainSection(Section):
+    """Continued pre-training, as a chain of stages."""
+
+    stages: list[TrainSettings] = Field(min_length=1)
+    """Each stage starts from what the one before it made."""
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names must differ, got {names}")
+        return self
+
+
+class MergeSection(Section):
+    """Adapters into the base: one model directory."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the merged weights; `auto` keeps the base's. Sums are fp32, rounded once."""
+    probe_tolerance: float = Field(2e-2, gt=0)
+    """Largest allowed difference of merged and unmerged logits, relative to their spread."""
+
+
+class DraftSection(Section):
+    """A small model with the target's tokenizer, for speculative decoding."""
+
+    layers: int = Field(1, ge=1)
+    """How many of the target's first blocks it keeps."""
+    loss: Literal["distill", "cross_entropy"] = "distill"
+    """Learn the target's distribution or the data's next token."""
+    train: FullTrainSettings
+    """How it is trained; all its parameters are."""
+
+
+class QuestionSource(Section):
+    """Questions with known answers, asked of the model before and after."""
+
+    path: str
+    """JSON lines of {"instruction", "output"}."""
+    language: str
+    """Language code, for the report."""
+    max_questions: int = Field(200, ge=1)
+    """Ask at most this many."""
+
+
+class EvaluateSection(Section):
+    """What is measured on held-out data."""
+
+    questions: list[QuestionSource] = []
+    """Held-out questions; an answer is right when the expected text is what the model says."""
+    max_tokens_per_answer: int = Field(48, ge=1)
+    """Greedy tokens per answer."""
+    max_bytes_per_language: int = Field(200_000, ge=100)
+    """Held-out text scored per language, in UTF-8 bytes."""
+    draft_tokens: int = Field(4, ge=1)
+    """Tokens the draft proposes at a time when its acceptance is measured."""
+    prompts: list[str] = []
+    """Further prompts whose answers are shown in the report."""
+
+
+class ServeSection(Section):
+    """The OpenAI-compatible service."""
+
+    host: str = "127.0.0.1"
+    """Address the HTTP port is bound to; loopback unless you say otherwise."""
+    port: int = Field(8000, ge=1, le=65535)
+    """HTTP port."""
+    model_name: str = "altiplano"
+    """Name clients give in `model`."""
+    min_replicas: int = Field(1, ge=0)
+    """Fewest replicas the autoscaler keeps."""
+    max_replicas: int = Field(1, ge=1)
+    """Most replicas it may start."""
+    target_ongoing_requests: float = Field(16, gt=0)
+    """Requests per replica the autoscaler aims at."""
+    max_ongoing_requests: int = Field(64, ge=1)
+    """Requests per replica before new ones wait."""
+    speculate: bool = True
+    """Let the draft speculate in the engine, where the run has one."""
+    draft_tokens: int = Field(4, ge=1)
+    """Tokens the draft proposes per step."""
+    max_model_len: int | None = Field(None, ge=16)
+    """Longest context served; the model's own by default."""
+    kv_cache_gib: float = Field(0.5, gt=0)
+    """KV cache per replica on CPU, in GiB (on GPUs vLLM's gpu_memory_utilization rules)."""
+    gpus_per_replica: int = Field(0, ge=0)
+    """GPUs per replica; 0 serves on the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type the engine computes in."""
+    enforce_eager: bool = True
+    """Start quickly without compiling; set false for long-lived services."""
+    startup_timeout_s: float = Field(300, gt=0)
+    """Give up when the service is not healthy after this long."""
+
+
+class ClusterSection(Section):
+    """Which Ray cluster, and what each training worker takes from it."""
+
+    address: str | None = None
+    """Ray address to join; RAY_ADDRESS or --address come first; none starts a local cluster."""
+    num_workers: int = Field(1, ge=1)
+    """Training workers. The trajectory does not depend on it."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """CPUs per training worker."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs per training worker; 0 trains on the CPU."""
+    max_failures: int = Field(3, ge=0)
+    """Worker deaths a training stage survives by resuming from its last checkpoint."""
+    object_store_mib: int = Field(300, ge=80)
+    """Object store of a local cluster."""
+    dashboard: bool = True
+    """Start Ray's dashboard with a local cluster (loopback; about 200 MB)."""
+
+
+class Config(Section):
+    """One run: from raw text and a base model to a served one."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    """Name of the run."""
+    output: str = "runs/{name}"
+    """Directory of the run's artifacts; `{name}` is replaced. Local or on a shared file system."""
+    seed: int = 0
+    """Seed of everything random; each use has a stream of its own."""
+    world: WorldSection | None = None
+    """Generate the demo's data into `{output}/world`."""
+    base_model: BaseModelSection
+    """The model to teach."""
+    tokenizer: TokenizerSection
+    """The new vocabulary."""
+    extend: ExtendSection = ExtendSection()
+    """The new rows."""
+    data: DataSection = DataSection()
+    """Texts and instructions."""
+    pretrain: PretrainSection | None = None
+    """Continued pre-training."""
+    sft: TrainSettings | None = None
+    """Instruction tuning."""
+    merge: MergeSection = MergeSection()
+    """Merging."""
+    draft: DraftSection | None = None
+    """The draft model."""
+    evaluate: EvaluateSection = EvaluateSection()
+    """Measuring."""
+    serve: ServeSection = ServeSection()
+    """Serving."""
+    cluster: ClusterSection = ClusterSection()
+    """Where it runs."""
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        problems = []
+        if self.pretrain and not self.data.text:
+            problems.append("`pretrain` needs at least one source in `data.text`")
+        if self.sft and not self.data.instructions:
+            problems.append("`sft` needs at least one source in `data.instructions`")
+        if self.tokenizer.vocab_size:
+            spoken = {source.language for source in self.data.text}
+            missing = [lang for lang in self.tokenizer.languages if lang not in spoken]
+            if missing:
+                problems.append(
+                    f"`tokenizer.languages` {missing} have no text: "
+                    f"`data.text` holds {sorted(spoken)}"
+                )
+        if PurePosixPath(self.output) == PurePosixPath("."):
+            problems.append("`output` must be a directory of its own, not the project root")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+

@@ -1,0 +1,1 @@
+"""Adapters into one model: checked before, folded file by file, compared after."""

@@ -1,0 +1,276 @@
+"""Which stages a config has, in which order, and running the ones that are not up to date.
+
+Knows the graph, not what any stage does. Building it costs nothing; asking what is cached reads
+the artifacts once.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.table import Table
+
+from altiplano.artifact import Artifact
+from altiplano.config import Project
+from altiplano.config.schema import Config
+from altiplano.config.training import TrainSettings
+from altiplano.console import console, simple_table
+from altiplano.errors import AltiplanoError, ConfigError
+from altiplano.stages import finish, learn, prepare
+from altiplano.stages.stage import Stage, Status, execute, stage_status
+
+
+def build_stages(project: Project) -> list[Stage]:
+    """All stages of a config, in the order they run."""
+    config = project.config
+    stages = [*_base_stages(project), *_vocabulary_stages(config), _text_stage(config)]
+    model, adapters = "extend", list[str]()
+    for settings in config.pretrain.stages if config.pretrain else []:
+        name = f"pretrain-{settings.name}"
+        stage = _train_stage(config, name, "pretrain", settings, model, adapters)
+        stages.append(stage)
+        model, adapters = _extend_chain(stage, settings, model, adapters)
+    if config.sft:
+        stages.append(_chat_stage(config))
+        stage = _train_stage(config, "sft", "sft", config.sft, model, adapters)
+        stages.append(stage)
+        model, adapters = _extend_chain(stage, config.sft, model, adapters)
+    stages.append(_merge_stage(config, model, adapters))
+    if config.draft:
+        stages.append(_draft_stage(config))
+    stages.append(_evaluate_stage(config, stages))
+    return stages
+
+
+def run_stages(
+    project: Project, stages: Sequence[Stage], *, forced: set[str] | None = None
+) -> list[Artifact]:
+    """Run the stages that are not up to date, in order, and all that depend on them.
+
+    Args:
+        forced: names to run even if they are up to date.
+
+    Returns:
+        artifacts of the stages that ran.
+    """
+    made, ran = [], set[str]()
+    for stage in stages:
+        status = stage_status(project, stage, ran)
+        if status.current and stage.name not in (forced or set()):
+            console.print(f"[green]cached[/]  {stage.name}")
+            continue
+        console.print(f"[yellow]running[/] {stage.name}: {status.reason}")
+        made.append(execute(project, stage))
+        ran.add(stage.name)
+    return made
+
+
+def survey(project: Project, stages: Sequence[Stage]) -> list[tuple[Stage, Status]]:
+    """What a run would do, without doing it."""
+    found, changed = [], set[str]()
+    for stage in stages:
+        status = stage_status(project, stage, changed)
+        if not status.current:
+            changed.add(stage.name)
+        found.append((stage, status))
+    return found
+
+
+def survey_table(project: Project, found: Sequence[tuple[Stage, Status]]) -> Table:
+    """The survey as people read it."""
+    rows = [
+        (stage.name, stage.kind, "cached" if status.current else "run", status.reason)
+        for stage, status in found
+    ]
+    return simple_table(f"stages of {project.source.name}", ("stage", "makes", "", "why"), rows)
+
+
+def select(
+    stages: Sequence[Stage], start: str | None = None, until: str | None = None
+) -> list[Stage]:
+    """The stages from one name or verb to another, both included.
+
+    Raises:
+        ConfigError: there is no such stage.
+    """
+    first = min(_positions(stages, start)) if start else 0
+    last = max(_positions(stages, until)) if until else len(stages) - 1
+    if first > last:
+        raise ConfigError(f"--from {start} comes after --until {until}: nothing would run")
+    return list(stages[first : last + 1])
+
+
+@contextmanager
+def exclusive(project: Project) -> Iterator[None]:
+    """Keep a second command from writing into the same run.
+
+    Raises:
+        AltiplanoError: another process is writing there.
+    """
+    project.output.mkdir(parents=True, exist_ok=True)
+    with (project.output / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise AltiplanoError(
+                f"process {lock.read().strip() or '?'} is writing into {project.output}: "
+                f"wait for it, or give another `output=`"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _positions(stages: Sequence[Stage], name: str) -> list[int]:
+    found = [i for i, stage in enumerate(stages) if name in (stage.name, stage.verb)]
+    if not found:
+        names = ", ".join(stage.name for stage in stages)
+        raise ConfigError(f"this config has no stage `{name}`; it has: {names}")
+    return found
+
+
+def _base_stages(project: Project) -> list[Stage]:
+    config, stages = project.config, list[Stage]()
+    world = _world_need(config)
+    if config.world:
+        section = config.world.model_dump(mode="json")
+        stages.append(Stage("world", "base", "world", section, prepare.make_world))
+    scratch = config.base_model.scratch
+    if scratch is None:
+        return [*stages, _import_stage(project)]
+    sources = [source.model_dump(mode="json") for source in scratch.text]
+    files = tuple(source.path for source in scratch.text)
+    reading = {"text": sources, "held_out": config.data.held_out, "on_error": config.data.on_error}
+    length = config.data.sequence_length
+    return [
+        *stages,
+        Stage(
+            "base-tokenizer", "base", "tokenizer",
+            {**reading, **scratch.tokenizer.model_dump(mode="json")},
+            prepare.train_base_tokenizer, world, files,
+        ),
+        Stage(
+            "base-data", "base", "tokens", {**reading, "sequence_length": length},
+            prepare.prepare_base_text, {**world, "tokenizer": "base-tokenizer"}, files,
+        ),
+        Stage(
+            "base", "base", "model",
+            {
+                "shape": scratch.shape.model_dump(mode="json"),
+                "train": scratch.train.model_dump(mode="json"),
+                "seed": config.seed,
+            },
+            learn.train_base, {"tokenizer": "base-tokenizer", "tokens": "base-data"},
+        ),
+    ]  # fmt: skip
+
+
+def _import_stage(project: Project) -> Stage:
+    section = project.config.base_model
+    path = section.path or ""
+    local = Path(project.resolve(path)).is_dir()
+    files = (f"{path}/*",) if local else ()
+    settings = section.model_dump(mode="json")
+    return Stage("base", "base", "model", settings, prepare.import_base, {}, files)
+
+
+def _vocabulary_stages(config: Config) -> list[Stage]:
+    section = config.tokenizer
+    trained = [s for s in config.data.text if s.language in section.languages]
+    settings = section.model_dump(mode="json")
+    if section.vocab_size is None:
+        trained = []
+    else:
+        settings["text"] = [source.model_dump(mode="json") for source in trained]
+        settings["held_out"] = config.data.held_out
+        settings["on_error"] = config.data.on_error
+    files = (*(source.path for source in trained), *section.add)
+    extend = {**config.extend.model_dump(mode="json"), "seed": config.seed}
+    return [
+        Stage(
+            "tokenizer", "tokenizer", "tokenizer", settings, prepare.train_tokenizer,
+            {**_world_need(config), "base": "base"}, files,
+        ),
+        Stage(
+            "extend", "extend", "model", extend, prepare.extend_model,
+            {"base": "base", "tokenizer": "tokenizer"},
+        ),
+    ]  # fmt: skip
+
+
+def _text_stage(config: Config) -> Stage:
+    data = config.data
+    section = data.model_dump(
+        mode="json", include={"text", "held_out", "sequence_length", "on_error"}
+    )
+    needs = {**_world_need(config), "tokenizer": "tokenizer"}
+    files = tuple(source.path for source in data.text)
+    return Stage("data-text", "data", "tokens", section, prepare.prepare_text, needs, files)
+
+
+def _chat_stage(config: Config) -> Stage:
+    data = config.data
+    section = data.model_dump(mode="json", exclude={"text", "held_out"})
+    needs = {**_world_need(config), "tokenizer": "tokenizer"}
+    files = tuple(source.path for source in data.instructions)
+    return Stage("data-chat", "data", "tokens", section, prepare.prepare_chat, needs, files)
+
+
+def _world_need(config: Config) -> dict[str, str]:
+    return {"world": "world"} if config.world else {}
+
+
+def _chain_needs(model: str, adapters: Sequence[str]) -> dict[str, str]:
+    return {"model": model, **{f"adapter-{i}": name for i, name in enumerate(adapters)}}
+
+
+def _train_stage(
+    config: Config,
+    name: str,
+    verb: str,
+    settings: TrainSettings,
+    model: str,
+    adapters: Sequence[str],
+) -> Stage:
+    kind = "model" if settings.full else "adapter"
+    tokens = "data-chat" if verb == "sft" else "data-text"
+    needs = {**_chain_needs(model, adapters), "tokens": tokens}
+    section = {"train": settings.model_dump(mode="json"), "seed": config.seed}
+    return Stage(name, verb, kind, section, learn.train_stage, needs)
+
+
+def _extend_chain(
+    stage: Stage, settings: TrainSettings, model: str, adapters: list[str]
+) -> tuple[str, list[str]]:
+    """A full stage begins a new chain; others add a link."""
+    return (stage.name, []) if settings.full else (model, [*adapters, stage.name])
+
+
+def _merge_stage(config: Config, model: str, adapters: Sequence[str]) -> Stage:
+    needs = _chain_needs(model, adapters)
+    if config.sft:
+        needs["chat"] = "data-chat"
+    section = config.merge.model_dump(mode="json")
+    return Stage("merge", "merge", "model", section, finish.merge, needs)
+
+
+def _draft_stage(config: Config) -> Stage:
+    assert config.draft is not None
+    tokens = "data-chat" if config.sft else "data-text"
+    section = {**config.draft.model_dump(mode="json"), "seed": config.seed}
+    needs = {"target": "merge", "tokens": tokens}
+    return Stage("draft", "draft", "model", section, learn.train_draft, needs)
+
+
+def _evaluate_stage(config: Config, stages: Sequence[Stage]) -> Stage:
+    """Reads every artifact of the run: models and texts to measure, seconds to report."""
+    needs = {stage.name: stage.name for stage in stages}
+    section = config.evaluate.model_dump(mode="json")
+    section["template"] = config.data.template
+    section["system_prompt"] = config.data.system_prompt
+    files = tuple(source.path for source in config.evaluate.questions)
+    return Stage("evaluate", "evaluate", "report", section, finish.evaluate, needs, files)

@@ -1,0 +1,262 @@
+"""Lifecycle of the service on the connected Ray cluster: start, wait until it answers, stop.
+
+Knows Ray Serve's deployments and the HTTP port, not what the engine inside does. A start on two
+cores takes about 30 seconds, most of it imports in Serve's and vLLM's processes.
+"""
+
+import signal
+import socket
+import threading
+import time
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from altiplano.config.schema import ServeSection
+from altiplano.console import console
+from altiplano.errors import ServeError
+from altiplano.serving import engine, metrics
+from altiplano.serving.check import check_parts
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ApplicationStatusOverview
+
+APPLICATION = "altiplano"
+"""Name of the Serve application."""
+_POLL_S = 0.3
+_LOGS = "/tmp/ray/session_latest/logs/serve"
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service."""
+
+    url: str
+    """`http://host:port`; the OpenAI routes are under `/v1`."""
+    model_name: str
+    """Name clients give in `model`."""
+    startup_s: float
+    """Seconds from the call of `start` to the first answer."""
+    _earlier: metrics.Counts = field(repr=False)
+    """Counters that replicas of an earlier service left on this cluster."""
+
+    def stop(self, timeout_s: float = 30.0) -> None:
+        """Finish open requests, end the replicas and free the port.
+
+        Args:
+            timeout_s: how long to wait for the port, in seconds.
+        """
+        from ray import serve
+
+        serve.shutdown()
+        host, port = self.url.removeprefix("http://").rsplit(":", 1)
+        deadline = time.monotonic() + timeout_s
+        while not _is_free(host.strip("[]"), int(port)) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
+    def speculation_metrics(
+        self, wait_s: float = 30.0, settle_s: float = 6.0
+    ) -> dict[str, float] | None:
+        """How well the draft guessed in all requests so far, as the engines counted it.
+
+        The counters arrive some seconds late: this waits until they have stood still.
+
+        Args:
+            wait_s: give up after this long, in seconds.
+            settle_s: how long they must not change, in seconds (they come every 5 s).
+
+        Returns:
+            As `metrics.summarise`; None where the engine does not speculate or no node tells.
+        """
+        deadline = time.monotonic() + wait_s
+        counts: metrics.Counts = {}
+        settled = time.monotonic() + settle_s
+        while time.monotonic() < min(deadline, settled if counts else deadline):
+            now = metrics.read_counts(self.model_name)
+            fresh = {replica: now[replica] for replica in now.keys() - self._earlier.keys()}
+            if fresh != counts:
+                counts, settled = fresh, time.monotonic() + settle_s
+            time.sleep(_POLL_S)
+        return metrics.summarise(counts) if counts else None
+
+
+def start(section: ServeSection, model_dir: Path, draft_dir: Path | None = None) -> Service:
+    """Start the service on the connected Ray cluster and wait until it answers.
+
+    Whatever ends the wait early (an error, the time limit, Ctrl-C) also takes the service down.
+
+    Args:
+        section: the `serve` section.
+        model_dir, draft_dir: as from `check.find_parts`; every node must be able to read them.
+
+    Raises:
+        ArtifactError, MismatchError: as `check.check_parts`, before anything starts.
+        ServeError: the port is in use, Serve runs on this cluster already, or the deployment
+            failed or did not become healthy within `startup_timeout_s`.
+    """
+    from ray import serve
+
+    started = time.monotonic()
+    check_parts(section, model_dir, draft_dir)
+    _require_idle_cluster()
+    require_free_port(section.host, section.port)
+    with console.status("starting the service") as status:
+        application = engine.build_application(section, model_dir, draft_dir)
+        try:
+            serve.start(
+                http_options={"host": section.host, "port": section.port},
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
+            )
+            serve.run_many(
+                [serve.RunTarget(application, name=APPLICATION)],
+                wait_for_ingress_deployment_creation=False,
+                wait_for_applications_running=False,
+            )
+            host = _ANY_ADDRESS.get(section.host, section.host)
+            url = f"http://{host}:{section.port}"
+            _wait_until_running(section, started, status)
+            _wait_until_answering(url, started + section.startup_timeout_s)
+        except BaseException:
+            serve.shutdown()
+            raise
+    earlier = metrics.read_counts(section.model_name)
+    return Service(url, section.model_name, round(time.monotonic() - started, 1), earlier)
+
+
+def serve_until_interrupted(service: Service) -> int:
+    """Keep serving until Ctrl-C or SIGTERM, then stop.
+
+    Call it from the main thread.
+
+    Returns:
+        Exit code 0: being told to stop is no failure.
+    """
+    told = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: told.set()) for number in signals}
+    try:
+        while not told.wait(1.0):
+            pass
+        console.print("stopping the service")
+        service.stop()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def how_to_call(url: str, model_name: str) -> str:
+    """A curl line, a Python snippet and how to stop, ready to paste."""
+    question = '{"role": "user", "content": "Hello"}'
+    return f"""\
+curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+  -d '{{"model": "{model_name}", "messages": [{question}]}}'
+
+from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key="none")
+answer = client.chat.completions.create(model="{model_name}", messages=[{question}])
+print(answer.choices[0].message.content)
+
+altiplano chat --url {url}
+
+Stop it with Ctrl-C."""
+
+
+def print_how_to_call(url: str, model_name: str) -> None:
+    """Print `how_to_call` as it is: no markup, no wrapping."""
+    console.print(how_to_call(url, model_name), markup=False, highlight=False, soft_wrap=True)
+
+
+def _require_idle_cluster() -> None:
+    from ray import serve
+
+    running = serve.status()
+    if running.proxies or running.applications:
+        names = ", ".join(sorted(running.applications)) or "no application"
+        raise ServeError(
+            f"Ray Serve already runs on this cluster ({names}), with one HTTP port for all: "
+            f"stop it with `serve shutdown`, or use another cluster"
+        )
+
+
+def require_free_port(host: str, port: int) -> None:
+    if not _is_free(host, port):
+        raise ServeError(
+            f"port {port} on {host} is in use: stop what listens there, or choose another "
+            f"port with serve.port={port + 1 if port < 65535 else 8000}"
+        )
+
+
+def _is_free(host: str, port: int) -> bool:
+    """Whether this machine could listen there.
+
+    Raises:
+        ServeError: the address is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+    except socket.gaierror as error:
+        raise ServeError(f"serve.host={host} is no address of this machine: {error}") from None
+    with closing(socket.socket(family, kind, protocol)) as probe:
+        # As servers do: connections that are only lingering do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError:
+            return False
+    return True
+
+
+def _wait_until_running(section: ServeSection, started: float, status: Any) -> None:
+    from ray import serve
+
+    while True:
+        application = serve.status().applications[APPLICATION]
+        if application.status == "RUNNING":
+            return
+        seconds = time.monotonic() - started
+        if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ServeError(f"the service failed to start: {_reason(application)}\nlogs: {_LOGS}")
+        if seconds > section.startup_timeout_s:
+            raise ServeError(
+                f"the service was not healthy after {seconds:.0f} s: {_reason(application)}\n"
+                f"give it longer with serve.startup_timeout_s, or look at `ray status` and the "
+                f"logs: {_LOGS}"
+            )
+        status.update(f"starting the service ({seconds:.0f} s)")
+        time.sleep(_POLL_S)
+
+
+def _wait_until_answering(url: str, deadline: float) -> None:
+    import httpx
+
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/v1/models", timeout=5, trust_env=False).is_success:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(_POLL_S)
+    raise ServeError(
+        f"the service runs but {url}/v1/models does not answer: is serve.host an address of the "
+        f"machine you are on? logs: {_LOGS}"
+    )
+
+
+def _reason(application: "ApplicationStatusOverview") -> str:
+    """The deployments' own words: of a traceback, the error it ends with."""
+    told = []
+    for name, deployment in application.deployments.items():
+        if deployment.status == "HEALTHY":
+            continue
+        lines = [line for line in deployment.message.strip().splitlines() if line.strip()]
+        starts = [n for n, line in enumerate(lines) if line.split(":")[0].endswith("Error")]
+        words = " ".join(line.strip() for line in lines[starts[-1] :][:6] if starts) or "; ".join(
+            lines[:3]
+        )
+        told.append(f"{name} is {deployment.status.value}: {words or 'no reason given'}")
+    return "; ".join(told) or application.message or "no reason given"

@@ -1,0 +1,1 @@
+"""What Ray Serve itself starts: the application builder for `serve run` and a RayService."""

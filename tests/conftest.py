@@ -1,0 +1,94 @@
+"""Fixtures every test may ask for: the shared real data, one local Ray cluster, a tiny Llama.
+
+Heavy imports stay inside the fixtures, so that a light test file is collected in an instant.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# No test has business on a network, and a fork after tokenizers' threads started only warns.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+# Ray would write a token into the home directory; RAY_AUTH_MODE=token make test tries that mode.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Ray's workers and the commands that tests start find the library and the test helpers as we do.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT / "platform"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+
+# Time on a shared machine says nothing about correctness.
+settings.register_profile("altiplano", deadline=None)
+settings.load_profile("altiplano")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """Return the repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder of shared real data, or skip: it is no part of the project."""
+    data = ROOT.parent / "shared" / "data"
+    if not data.is_dir():
+        pytest.skip("real data is not here: ../shared/data is no part of the project")
+    return data
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[dict[str, str]]:
+    """Start one local Ray cluster for the whole session; yield its address information."""
+    import ray
+
+    context = ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=300 * 1024**2,
+        log_to_driver=False,
+    )
+    yield dict(context.address_info)
+    ray.shutdown()
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., "LlamaForCausalLM"]:
+    """Return a maker of random Llamas: hidden 64, two heads of 32, fp32."""
+
+    def make(
+        vocab_size: int = 320, *, tied: bool = False, layers: int = 2, seed: int = 0
+    ) -> "LlamaForCausalLM":
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=256,
+            tie_word_embeddings=tied,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(config).eval()
+
+    return make

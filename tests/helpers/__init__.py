@@ -1,0 +1,1 @@
+"""Small tools the tests share."""

@@ -1,0 +1,162 @@
+"""What is served is found and refused before a weight is loaded; nothing here starts Ray."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from altiplano.artifact import Manifest, write_artifact
+from altiplano.config.schema import ServeSection
+from altiplano.errors import ArtifactError, MismatchError, ModelError, ServeError
+from altiplano.serving import service
+from altiplano.serving.check import check_parts, find_parts
+from serve.app import build
+from tests.helpers.tiny_run import TinyShape, write_tiny_model, write_tiny_run
+
+ON_CPU = ServeSection()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a finished run with a draft."""
+    return write_tiny_run(tmp_path_factory.mktemp("runs") / "demo")
+
+
+def _without_manifest(run: Path, into: Path) -> Path:
+    """Copy the run's model as a plain Hugging Face directory."""
+    into.mkdir()
+    for file in (run / "merge").iterdir():
+        if file.name != "manifest.json":
+            (into / file.name).write_bytes(file.read_bytes())
+    return into
+
+
+def test_a_run_gives_its_model_and_its_draft(run: Path, tmp_path: Path) -> None:
+    assert find_parts(run) == (run / "merge", run / "draft")
+    assert find_parts(run / "draft") == (run / "draft", None)
+    plain = _without_manifest(run, tmp_path / "plain")
+    assert find_parts(plain) == (plain, None)
+    check_parts(ON_CPU, run / "merge", run / "draft")
+    check_parts(ON_CPU, plain)
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_a_place_without_a_model_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ServeError, match=name):
+        find_parts(tmp_path / name)
+
+
+def test_a_draft_with_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:
+    other = write_tiny_model(tmp_path / "other", TinyShape(seed=7))
+    with pytest.raises(MismatchError) as refused:
+        check_parts(ON_CPU, run / "merge", other)
+    message = str(refused.value)
+    for part in (run / "merge", other):
+        manifest = json.loads((part / "manifest.json").read_text())
+        assert str(part) in message
+        assert manifest["tokenizer_fingerprint"][:16] in message
+    assert "400 pieces" in message and "altiplano run" in message
+    check_parts(ServeSection(speculate=False), run / "merge", other)
+
+
+def test_a_draft_with_other_rows_is_refused(run: Path, tmp_path: Path) -> None:
+    draft = write_tiny_model(tmp_path / "draft")
+    config = json.loads((draft / "config.json").read_text())
+    manifest = json.loads((draft / "manifest.json").read_text())
+    (draft / "config.json").write_text(json.dumps({**config, "vocab_size": 408}))
+    del manifest["files"]["config.json"]
+    (draft / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MismatchError, match=r"400 embedding rows.*has 408"):
+        check_parts(ON_CPU, run / "merge", draft)
+
+
+def test_speculation_needs_to_know_both_tokenizers(run: Path, tmp_path: Path) -> None:
+    plain = _without_manifest(run, tmp_path / "plain")
+    with pytest.raises(ServeError, match="names its tokenizer"):
+        check_parts(ON_CPU, plain, run / "draft")
+    with pytest.raises(ServeError, match="names its tokenizer"):
+        check_parts(ON_CPU, run / "merge", plain)
+
+
+@pytest.mark.parametrize(("kind", "advice"), [("adapter", "altiplano merge"), ("tokens", "merge/")])
+def test_artifacts_of_other_kinds_are_refused(tmp_path: Path, kind: str, advice: str) -> None:
+    path = tmp_path / "part"
+    with write_artifact(path, Manifest(kind=kind, stage="sft", section={}, inputs={})) as partial:
+        (partial / "content").write_text("something")
+    with pytest.raises(ArtifactError, match=advice):
+        check_parts(ON_CPU, *find_parts(path))
+
+
+def test_an_edited_artifact_is_refused(run: Path, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ArtifactError, match=r"model\.safetensors was changed"):
+        check_parts(ON_CPU, model)
+
+
+def test_weights_must_be_whole_and_safetensors(run: Path, tmp_path: Path) -> None:
+    plain = _without_manifest(run, tmp_path / "plain")
+    (plain / "model.safetensors").rename(plain / "pytorch_model.bin")
+    with pytest.raises(ServeError, match=r"only pickle \(pytorch_model\.bin\)"):
+        check_parts(ON_CPU, plain)
+    (plain / "pytorch_model.bin").unlink()
+    with pytest.raises(ServeError, match="no weights"):
+        check_parts(ON_CPU, plain)
+    (plain / "model-00001-of-00002.safetensors").write_bytes(b"")
+    index = {"weight_map": {"a": "model-00002-of-00002.safetensors"}}
+    (plain / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="model-00002-of-00002"):
+        check_parts(ON_CPU, plain)
+
+
+def test_a_model_without_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:
+    plain = _without_manifest(run, tmp_path / "plain")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (plain / name).unlink()
+    with pytest.raises(ServeError, match="has no tokenizer"):
+        check_parts(ON_CPU, plain)
+
+
+def test_head_sizes_the_engine_has_no_kernel_for_are_refused_on_cpus(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", TinyShape(head_dim=8))
+    with pytest.raises(ServeError, match="size 8; on CPUs vLLM serves 32"):
+        check_parts(ON_CPU, model)
+    check_parts(ServeSection(gpus_per_replica=1), model)
+
+
+def test_no_more_context_is_served_than_the_model_has(run: Path) -> None:
+    check_parts(ServeSection(max_model_len=256), run / "merge")
+    with pytest.raises(ServeError, match=r"max_model_len is 257, .* for 256 tokens"):
+        check_parts(ServeSection(max_model_len=257), run / "merge")
+
+
+def test_the_builder_refuses_wrong_arguments() -> None:
+    with pytest.raises(ServeError, match="name what to serve"):
+        build({})
+    with pytest.raises(ServeError, match=r"port: Input should be.*draft_token: Extra"):
+        build({"artifact": "runs/demo", "draft_token": "4", "port": "none"})
+
+
+def test_a_port_in_use_is_refused_by_number() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ServeError, match=rf"port {port} .* in use.*serve\.port="):
+            service.require_free_port("127.0.0.1", port)
+    service.require_free_port("127.0.0.1", port)
+    with pytest.raises(ServeError, match="no address of this machine"):
+        service.require_free_port("no.such.host.invalid", port)
+
+
+def test_how_to_call_is_ready_to_paste() -> None:
+    text = service.how_to_call("http://127.0.0.1:8123", "demo")
+    curl, python = text.split("\n\n")[:2]
+    body = curl.split("-d '")[1].rstrip("'")
+    assert json.loads(body)["model"] == "demo"
+    assert "http://127.0.0.1:8123/v1/chat/completions" in curl
+    compile(python, "snippet", "exec")
+    assert 'base_url="http://127.0.0.1:8123/v1"' in python
