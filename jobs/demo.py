@@ -1,6 +1,7 @@
 """The demo: run configs/demo.yaml, serve the result, ask it questions over HTTP, stop.
 
-KEEP=1 keeps the service up until Ctrl-C. Usage: python jobs/demo.py [CONFIG] [section.key=value ...]
+KEEP=1 keeps the service up until Ctrl-C.
+Usage: python jobs/demo.py [CONFIG] [section.key=value ...]
 """
 
 import os

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from altiplano.console import console
-from altiplano.errors import DataError, MismatchError
+from altiplano.data.chat import encode_spans, jinja_template, render
+from altiplano.errors import ArtifactError, DataError, MismatchError
 from altiplano.evaluate.acceptance import count_accepted, draft_acceptance
 from altiplano.evaluate.bits import bits_per_byte, split_windows, take_bytes
 from altiplano.evaluate.curves import plot_training
@@ -27,7 +28,14 @@ from altiplano.evaluate.questions import (
     judge,
     read_questions,
 )
-from altiplano.evaluate.report import Change, Results, Sample, report_table, write_report
+from altiplano.evaluate.report import (
+    Change,
+    Results,
+    Sample,
+    read_report,
+    report_table,
+    write_report,
+)
 from altiplano.vocabulary.convert import save_tokenizer
 from altiplano.vocabulary.load import Vocabulary
 from tests.helpers.tiny_vocabulary import english_lines, train_tiny_base
@@ -35,10 +43,14 @@ from tests.helpers.tiny_vocabulary import english_lines, train_tiny_base
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}[reply]{% endif %}"
-)
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: on models this small, threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +110,7 @@ def test_bits_per_byte_equals_token_by_token_sums(
 def test_long_documents_keep_half_a_window_of_context(
     sharp_llama: "LlamaForCausalLM", vocabulary: Vocabulary
 ) -> None:
-    text = " ".join(english_lines(2))
+    text = " ".join(english_lines(8))
     ids = [vocabulary.bos_id, *vocabulary.encode(text)]
     length, stride = 16, 8
     assert len(ids) > 2 * length
@@ -131,6 +143,18 @@ def test_text_is_cut_at_a_character_and_never_above_the_limit(texts: list[str], 
     size, whole = len("".join(taken).encode()), len("".join(texts).encode())
     assert min(limit, whole) - 3 <= size <= limit
     assert all(taken)
+
+
+def test_bits_of_a_real_model_on_its_own_story(shared: Path) -> None:
+    from tests.helpers.llama2c import read_model
+
+    model = read_model(shared / "models" / "stories260K.bin")
+    vocabulary = Vocabulary(shared / "models" / "tok512.model")
+    story = greedy_replies(model, [[1]], max_new_tokens=31, eos_id=None)[0]
+    text = vocabulary.decode(story)
+    found = bits_per_byte(model, vocabulary, [text], max_bytes=999, sequence_length=512)
+    nats_per_token = found["bits_per_byte"] * math.log(2) * found["bytes"] / found["tokens"]
+    assert nats_per_token == pytest.approx(0.180, abs=1e-3)  # known of this checkpoint
 
 
 def test_bits_refuse_a_foreign_vocabulary_and_no_text(
@@ -167,17 +191,23 @@ def test_batched_greedy_equals_one_by_one(sharp_llama: "LlamaForCausalLM") -> No
     assert stopped == [r[: r.index(stop)] if stop in r else r for r in expected]
 
 
-def test_questions_go_through_the_template(
-    sharp_llama: "LlamaForCausalLM", tokenizer_dir: Path, vocabulary: Vocabulary
+@pytest.mark.parametrize("template", ["llama-2", "alpaca", "vicuna", "chatml"])
+def test_questions_are_asked_with_the_ids_of_training(
+    template: str, sharp_llama: "LlamaForCausalLM", tokenizer_dir: Path, vocabulary: Vocabulary
 ) -> None:
     questions = [Question("the river?", "boat", "en"), Question("snow", "market", "en")]
-    _, prompts = encode_chats(tokenizer_dir, TEMPLATE, [q.instruction for q in questions])
-    assert prompts[0] == [1, *vocabulary.encode("[user] the river? [reply]")]
-    answers = ask(sharp_llama, tokenizer_dir, TEMPLATE, questions, 6)
+    texts = [question.instruction for question in questions]
+    jinja = jinja_template(template, "runs to market")
+    tokenizer, prompts = encode_chats(tokenizer_dir, jinja, texts)
+    for text, prompt in zip(texts, prompts, strict=True):
+        spans = render([{"role": "user", "content": text}], template, "runs to market")
+        assert prompt == encode_spans(spans, vocabulary).ids.tolist()
+    answers = ask(sharp_llama, tokenizer_dir, jinja, questions, 6)
     assert [answer.question for answer in answers] == questions
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = greedy_by_hand(sharp_llama, prompt, 6)
-        assert answer.reply == vocabulary.decode(ids[: ids.index(2)] if 2 in ids else ids).strip()
+        said = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+        assert answer.reply == tokenizer.decode(said, skip_special_tokens=True).strip() != ""
 
 
 # ---------------------------------------------------------------- judging
@@ -338,6 +368,7 @@ def test_reports_hold_the_numbers(tmp_path: Path) -> None:
     write_report(RESULTS, tmp_path)
     stored = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert stored["bits_per_byte"]["extend"]["zh"] == 8.25
+    assert read_report(tmp_path) == RESULTS
     assert stored["accuracy"]["zh"] == {"before": 0.0, "after": 0.875}
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     for line in (
@@ -359,3 +390,8 @@ def test_reports_hold_the_numbers(tmp_path: Path) -> None:
 def test_a_report_of_nothing_is_still_a_report(tmp_path: Path) -> None:
     write_report(Results("empty"), tmp_path)
     assert (tmp_path / "report.md").read_text().startswith("# Results of empty")
+    assert read_report(tmp_path) == Results("empty")
+    for broken in ("{", "[]", '{"run": "x"}'):
+        (tmp_path / "report.json").write_text(broken)
+        with pytest.raises(ArtifactError, match="altiplano evaluate"):
+            read_report(tmp_path)

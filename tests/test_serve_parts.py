@@ -9,10 +9,10 @@ import pytest
 from altiplano.artifact import Manifest, write_artifact
 from altiplano.config.schema import ServeSection
 from altiplano.errors import ArtifactError, MismatchError, ModelError, ServeError
-from altiplano.serving import service
+from altiplano.serving import failure, service
 from altiplano.serving.check import check_parts, find_parts
 from serve.app import build
-from tests.helpers.tiny_run import TinyShape, write_tiny_model, write_tiny_run
+from tests.helpers.served_run import Shape, write_served_run, write_small_model
 
 ON_CPU = ServeSection()
 
@@ -20,7 +20,7 @@ ON_CPU = ServeSection()
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a finished run with a draft."""
-    return write_tiny_run(tmp_path_factory.mktemp("runs") / "demo")
+    return write_served_run(tmp_path_factory.mktemp("runs") / "demo")
 
 
 def _without_manifest(run: Path, into: Path) -> Path:
@@ -49,7 +49,7 @@ def test_a_place_without_a_model_is_refused_by_name(tmp_path: Path, name: str) -
 
 
 def test_a_draft_with_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:
-    other = write_tiny_model(tmp_path / "other", TinyShape(seed=7))
+    other = write_small_model(tmp_path / "other", Shape(seed=7))
     with pytest.raises(MismatchError) as refused:
         check_parts(ON_CPU, run / "merge", other)
     message = str(refused.value)
@@ -62,7 +62,7 @@ def test_a_draft_with_another_tokenizer_is_refused(run: Path, tmp_path: Path) ->
 
 
 def test_a_draft_with_other_rows_is_refused(run: Path, tmp_path: Path) -> None:
-    draft = write_tiny_model(tmp_path / "draft")
+    draft = write_small_model(tmp_path / "draft")
     config = json.loads((draft / "config.json").read_text())
     manifest = json.loads((draft / "manifest.json").read_text())
     (draft / "config.json").write_text(json.dumps({**config, "vocab_size": 408}))
@@ -90,7 +90,7 @@ def test_artifacts_of_other_kinds_are_refused(tmp_path: Path, kind: str, advice:
 
 
 def test_an_edited_artifact_is_refused(run: Path, tmp_path: Path) -> None:
-    model = write_tiny_model(tmp_path / "model")
+    model = write_small_model(tmp_path / "model")
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ArtifactError, match=r"model\.safetensors was changed"):
@@ -121,7 +121,7 @@ def test_a_model_without_tokenizer_is_refused(run: Path, tmp_path: Path) -> None
 
 
 def test_head_sizes_the_engine_has_no_kernel_for_are_refused_on_cpus(tmp_path: Path) -> None:
-    model = write_tiny_model(tmp_path / "model", TinyShape(head_dim=8))
+    model = write_small_model(tmp_path / "model", Shape(head_dim=8))
     with pytest.raises(ServeError, match="size 8; on CPUs vLLM serves 32"):
         check_parts(ON_CPU, model)
     check_parts(ServeSection(gpus_per_replica=1), model)
@@ -150,6 +150,28 @@ def test_a_port_in_use_is_refused_by_number() -> None:
     service.require_free_port("127.0.0.1", port)
     with pytest.raises(ServeError, match="no address of this machine"):
         service.require_free_port("no.such.host.invalid", port)
+
+
+def test_a_failure_is_told_by_its_last_error_and_the_engines_own(tmp_path: Path) -> None:
+    traceback = (
+        "The deployment failed to start 1 times in a row. Error:\n"
+        '  File "replica.py", line 1, in initialize\n    raise RuntimeError(x)\n'
+        "RuntimeError: Traceback (most recent call last):\n"
+        '  File "engine.py", line 2, in start\n'
+        "RuntimeError: no engine config: 1 error\n  Value error, invalid literal\n"
+    )
+    assert failure.last_error(traceback) == (
+        "RuntimeError: no engine config: 1 error Value error, invalid literal"
+    )
+    assert failure.last_error("waiting for 2 CPUs") == "waiting for 2 CPUs"
+    assert failure.last_error("") == "no reason given"
+    log = tmp_path / "worker-1.err"
+    log.write_text(
+        "(EngineCore pid=7) x.ValueError: No memory\n(EngineCore pid=7)   in y\n"
+        "RuntimeError: Engine core initialization failed\n"
+    )
+    assert failure.engine_error(0, tmp_path) == "ValueError: No memory"
+    assert failure.engine_error(log.stat().st_mtime + 1, tmp_path) is None
 
 
 def test_how_to_call_is_ready_to_paste() -> None:

@@ -12,7 +12,7 @@ from altiplano.config.schema import ServeSection
 from altiplano.errors import ServeError
 from altiplano.serving import service
 from altiplano.serving.service import Service
-from tests.helpers.tiny_run import write_tiny_run
+from tests.helpers.served_run import write_served_run
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -30,7 +30,7 @@ def _free_port() -> int:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a finished run with a draft."""
-    return write_tiny_run(tmp_path_factory.mktemp("runs") / "demo")
+    return write_served_run(tmp_path_factory.mktemp("runs") / "demo")
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,9 @@ def test_a_streamed_chat_says_what_a_plain_one_says(client: "OpenAI") -> None:
 def test_wrong_requests_are_the_clients_fault(client: "OpenAI") -> None:
     from openai import BadRequestError, NotFoundError
 
-    with pytest.raises(NotFoundError, match="another"):
+    with pytest.raises(NotFoundError) as refused:
         client.completions.create(model="another", prompt=PROMPT)
+    assert "another" in refused.value.response.text
     with pytest.raises(BadRequestError, match="256"):
         client.completions.create(model="tiny", prompt=PROMPT, max_tokens=5000)
 
@@ -110,7 +111,7 @@ def test_the_terminal_client_answers_piped_questions(
     monkeypatch.setattr(
         "sys.stdin", io.StringIO("mama ti do\n\n/clear\nbu ka\n/exit\nnever asked\n")
     )
-    chat(running.url, system="be brief")
+    chat(running.url, system="be brief", max_tokens=16)
     assert len(capsys.readouterr().out.strip().splitlines()) >= 2
 
 

@@ -202,7 +202,8 @@ def require_same_weights(adapter: tuple[str, Manifest], base: tuple[str, Manifes
         f"{name_a} was not trained on {name_b}:\n"
         f"  {name_a}: trained on weights {_short(trained_on)}\n"
         f"  {name_b}: weights {_short(b.weights_fingerprint)}\n"
-        f"give the model it was trained on, or train it again: `altiplano run CONFIG --from pretrain`"
+        f"give the model it was trained on, or train it again: "
+        f"`altiplano run CONFIG --from {a.stage}`"
     )
 
 

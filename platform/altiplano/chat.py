@@ -20,7 +20,10 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def chat(
-    url: str = "http://127.0.0.1:8000", model: str | None = None, system: str | None = None
+    url: str = "http://127.0.0.1:8000",
+    model: str | None = None,
+    system: str | None = None,
+    max_tokens: int | None = None,
 ) -> None:
     """Ask question after question, with the conversation so far, until /exit or end of input.
 
@@ -28,6 +31,7 @@ def chat(
         url: address of the service, with or without `/v1`.
         model: name of the model; by default the first that the service offers.
         system: system message.
+        max_tokens: longest answer; by default until the model ends it or its context is full.
 
     Raises:
         ServeError: the service cannot be reached, or (piped input) refused a question.
@@ -49,7 +53,7 @@ def chat(
             continue
         messages.append({"role": "user", "content": question})
         try:
-            answer = _ask(client, name, messages)
+            answer = _ask(client, name, messages, max_tokens)
         except ServeError as error:
             if not interactive:
                 raise
@@ -101,13 +105,20 @@ def _questions(interactive: bool) -> Iterator[str]:
             yield line.strip()
 
 
-def _ask(client: "OpenAI", model: str, messages: "list[ChatCompletionMessageParam]") -> str:
+def _ask(
+    client: "OpenAI",
+    model: str,
+    messages: "list[ChatCompletionMessageParam]",
+    max_tokens: int | None,
+) -> str:
     """Print the answer as it comes; Ctrl-C cuts it short."""
     from openai import OpenAIError
 
     pieces: list[str] = []
     try:
-        stream = client.chat.completions.create(model=model, messages=messages, stream=True)
+        stream = client.chat.completions.create(
+            model=model, messages=messages, max_tokens=max_tokens, stream=True
+        )
         for chunk in stream:
             if chunk.choices and (piece := chunk.choices[0].delta.content):
                 pieces.append(piece)

@@ -43,9 +43,13 @@ Force = Annotated[bool, typer.Option("--force", help="Run it even if it is up to
 def run(
     config: ConfigArgument,
     overrides: Overrides = None,
-    start: Annotated[str | None, typer.Option("--from", help="First stage; it is run again.")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="First stage; runs again.")
+    ] = None,
     until: Annotated[str | None, typer.Option("--until", help="Last stage.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run; do nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would run.")
+    ] = False,
     address: Address = None,
 ) -> None:
     """Run every stage that is not up to date, from raw text to a servable model."""
@@ -132,7 +136,9 @@ def tokenizer_train(
     vocab_size: Annotated[int, typer.Option(help="Pieces to train.")],
     output: Annotated[Path, typer.Option(help="Directory to write.")],
     model_type: Annotated[str, typer.Option(help="bpe or unigram.")] = "bpe",
-    character_coverage: Annotated[float, typer.Option(help="Share of characters covered.")] = 0.9995,
+    character_coverage: Annotated[
+        float, typer.Option(help="Characters covered.")
+    ] = 0.9995,
 ) -> None:
     """Train a SentencePiece model on text."""
     from altiplano import commands
@@ -147,11 +153,12 @@ def tokenizer_merge(
     output: Annotated[Path, typer.Option(help="Directory to write.")],
     scores: Annotated[str, typer.Option(help="distinct or reference.")] = "distinct",
     pad_piece: Annotated[str | None, typer.Option(help="Append a padding piece.")] = None,
+    skip_ascii: Annotated[bool, typer.Option(help="Leave out new pieces of ASCII only.")] = False,
 ) -> None:
     """Merge trained pieces into a base vocabulary."""
     from altiplano import commands
 
-    commands.tokenizer_merge(base, add, output, scores, pad_piece)
+    commands.tokenizer_merge(base, add, output, scores, pad_piece, skip_ascii=skip_ascii)
 
 
 @tokenizer_app.command("report")

@@ -10,7 +10,7 @@ from typing import Literal, cast
 
 from altiplano.artifact import open_artifact
 from altiplano.cluster import connect
-from altiplano.config import Project, load_config
+from altiplano.config import Config, Project, ServeOnly, load_config, load_serve_only
 from altiplano.console import console
 from altiplano.errors import AltiplanoError, ConfigError
 from altiplano.pipeline import (
@@ -63,17 +63,24 @@ def run_verb(project: Project, verb: str, *, force: bool, address: str | None) -
 
 def serve(target: Path, overrides: list[str], *, address: str | None) -> None:
     """Serve a run named by its YAML, its directory or a model directory, until interrupted."""
-    from altiplano.config.schema import ClusterSection
-    from altiplano.serving.service import find_parts, load_serve_section, serve_until_interrupted
+    from altiplano.serving.check import check_parts, find_parts
+    from altiplano.serving.service import print_how_to_call, serve_until_interrupted, start
 
+    config, place = _served(target, overrides)
+    model_dir, draft_dir = find_parts(place)
+    check_parts(config.serve, model_dir, draft_dir)
+    with connect(config.cluster, address):
+        service = start(config.serve, model_dir, draft_dir)
+        print_how_to_call(service.url, service.model_name)
+        serve_until_interrupted(service)
+
+
+def _served(target: Path, overrides: list[str]) -> tuple[Config | ServeOnly, Path]:
+    """Settings and place of what is to be served."""
     if target.suffix in (".yaml", ".yml"):
         project = load_config(target, overrides)
-        section, cluster, place = project.config.serve, project.config.cluster, project.output
-    else:
-        section, cluster, place = load_serve_section(overrides), ClusterSection(), target
-    parts = find_parts(place)
-    with connect(cluster, address):
-        serve_until_interrupted(section, parts)
+        return project.config, project.output
+    return load_serve_only(overrides), target
 
 
 def verify(paths: list[Path]) -> None:
@@ -86,11 +93,15 @@ def verify(paths: list[Path]) -> None:
         try:
             manifest = open_artifact(path).manifest
             if manifest.kind == "model":
-                _require_equal(path, "weights", manifest.weights_fingerprint, weights_fingerprint(path))
+                _require_equal(
+                    path, "weights", manifest.weights_fingerprint, weights_fingerprint(path)
+                )
             if manifest.kind in ("model", "tokenizer"):
                 found = tokenizer_fingerprint(path)
                 _require_equal(path, "tokenizer", manifest.tokenizer_fingerprint, found)
-            console.print(f"[green]whole[/]   {path}  ({manifest.kind}, {len(manifest.files)} files)")
+            console.print(
+                f"[green]whole[/]   {path}  ({manifest.kind}, {len(manifest.files)} files)"
+            )
         except AltiplanoError as error:
             problems.append(str(error))
     if problems:
@@ -143,7 +154,13 @@ def tokenizer_train(
 
 
 def tokenizer_merge(
-    base: Path, add: list[Path], output: Path, scores: str, pad_piece: str | None
+    base: Path,
+    add: list[Path],
+    output: Path,
+    scores: str,
+    pad_piece: str | None,
+    *,
+    skip_ascii: bool = False,
 ) -> None:
     """Merge trained pieces into a base vocabulary and write a tokenizer directory."""
     from altiplano.storage import sha256_of
@@ -153,7 +170,11 @@ def tokenizer_merge(
     choice = _choice("--scores", scores, ("distinct", "reference"))
     base_file = base / "tokenizer.model" if base.is_dir() else base
     merged = merge_sentencepiece(
-        base_file, add, scores=cast(Literal["distinct", "reference"], choice), pad_piece=pad_piece
+        base_file,
+        add,
+        scores=cast(Literal["distinct", "reference"], choice),
+        pad_piece=pad_piece,
+        skip_ascii=skip_ascii,
     )
     with _written_beside(output) as folder:
         save_tokenizer(merged.proto, folder, pad_piece=pad_piece)
@@ -199,7 +220,7 @@ def data_preview(project: Project, records: int) -> None:
         )
 
 
-class _written_beside:  # noqa: N801 - reads as a verb in `with`
+class _written_beside:
     """A directory that is renamed to its final place only if the block ends well."""
 
     def __init__(self, final: Path) -> None:

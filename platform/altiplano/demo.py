@@ -63,7 +63,8 @@ def _ask_all(service: Service, results: Results, max_tokens: int) -> list[tuple[
             )
         except OpenAIError as error:
             raise ServeError(f"the service did not answer {sample.prompt!r}: {error}") from None
-        said.append((sample.prompt, sample.before, (reply.choices[0].message.content or "").strip()))
+        answer = (reply.choices[0].message.content or "").strip()
+        said.append((sample.prompt, sample.before, answer))
     return said
 
 

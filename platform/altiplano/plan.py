@@ -6,14 +6,16 @@ Memory is an estimate of one worker's; activations are rough. Costs milliseconds
 base model's config.json and the sizes of ready-made `.model` files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from altiplano.config.loader import Project
 from altiplano.config.schema import Config
 from altiplano.config.training import TrainSettings
 from altiplano.model.counts import Counts, LlamaShape, count_parameters, trainable_parameters
+from altiplano.train.schedule import make_schedule
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -35,10 +37,12 @@ class StagePlan:
     memory_bytes: dict[str, int]
     """Of one worker, by component."""
     tokens_per_step: int
+    """Whole blocks over all workers, so not always the number configured."""
     steps: int | None
     """None where `epochs` of data whose size is not known yet decides."""
     epochs: float | None
     micro_batch_tokens: int
+    """Of one forward pass of one worker."""
 
     @property
     def tokens(self) -> int | None:
@@ -68,13 +72,9 @@ class Plan:
         return found
 
 
-def plan(config: Config, resolve: Callable[[str], str]) -> Plan:
-    """Plan a run.
-
-    Args:
-        config: the whole config.
-        resolve: `Project.resolve`, from a path in the config to a local path or URL.
-    """
+def make_plan(project: Project) -> Plan:
+    """Plan a run from its config."""
+    config, resolve = project.config, project.resolve
     notes: list[str] = []
     base = _base_shape(config, resolve, notes)
     added = _pieces_added(config, resolve, notes)
@@ -96,41 +96,56 @@ def plan(config: Config, resolve: Callable[[str], str]) -> Plan:
 
 
 def plan_table(planned: Plan) -> "Group":
-    """The plan for people: a table of counts, one of memory, the notes."""
+    """The plan for people: one column per stage, then the notes."""
     from rich.console import Group
 
     from altiplano.console import simple_table
 
-    counts = [
-        (
-            stage.name, stage.trains, sum(stage.parameters.values()),
-            sum(stage.trainable.values()), _share(stage),
-            stage.tokens_per_step, _length(stage),
-        )
-        for stage in planned.stages
-    ]  # fmt: skip
-    header = (
-        "stage", "trains", "parameters", "trained", "share", "tokens/step", "length",
-    )  # fmt: skip
+    stages = planned.stages
     parts: list[Any] = []
-    if planned.stages:
-        names = list(planned.stages[0].memory_bytes)
-        memory = [
-            (
-                stage.name,
-                *(_mib(stage.memory_bytes[name]) for name in names),
-                _mib(sum(stage.memory_bytes.values())),
-            )
-            for stage in planned.stages
-        ]
-        workers = f"{planned.num_workers} worker{'s' if planned.num_workers > 1 else ''}"
-        parts = [
-            simple_table(f"{planned.name}: what is trained", header, counts),
+    if stages:
+        title = f"{planned.name}: plan; memory (an estimate) is of each of {planned.num_workers}"
+        parts.append(
             simple_table(
-                f"memory of each of {workers}, MiB (estimate)", ("stage", *names, "sum"), memory
-            ),
-        ]
+                f"{title} worker{'s' if planned.num_workers > 1 else ''}",
+                ("", *(stage.name for stage in stages)),
+                [*_count_rows(stages), *_memory_rows(stages)],
+            )
+        )
     return Group(*parts, *(f"note: {note}" for note in planned.notes))
+
+
+def _count_rows(stages: Sequence[StagePlan]) -> list[list[object]]:
+    trained = [sum(stage.trainable.values()) for stage in stages]
+    totals = [sum(stage.parameters.values()) for stage in stages]
+    shares = [f"{part / whole:.2%}" for part, whole in zip(trained, totals, strict=True)]
+    return [
+        ["trains", *(stage.trains for stage in stages)],
+        ["parameters", *totals],
+        *_component_rows([stage.parameters for stage in stages]),
+        ["trained", *trained],
+        *_component_rows([stage.trainable for stage in stages]),
+        ["trained share", *shares],
+        ["tokens per step", *(stage.tokens_per_step for stage in stages)],
+        ["steps", *(stage.steps for stage in stages)],
+        ["epochs", *(stage.epochs for stage in stages)],
+        ["tokens", *(stage.tokens for stage in stages)],
+    ]
+
+
+def _memory_rows(stages: Sequence[StagePlan]) -> list[list[object]]:
+    mib = [{name: b / 2**20 for name, b in stage.memory_bytes.items()} for stage in stages]
+    totals = [sum(found.values()) for found in mib]
+    return [["memory, MiB", *totals], *_component_rows(mib)]
+
+
+def _component_rows(found: Sequence[Mapping[str, float]]) -> list[list[object]]:
+    """One row per component that any stage has; a dash where a stage has none of it."""
+    return [
+        [f"  {name}", *(counts[name] or None for counts in found)]
+        for name in found[0]
+        if any(counts[name] for counts in found)
+    ]
 
 
 def _base_shape(
@@ -199,8 +214,10 @@ def _plan_stage(
     trainable = trainable_parameters(shape, vocab_old, vocab_new, settings)
     compute_bytes = _compute_bytes(settings, on_gpu=config.cluster.gpus_per_worker > 0)
     taught = sum(count_parameters(teacher, vocab_new).values()) if teacher else 0
-    per_worker = -(-settings.tokens_per_step // config.cluster.num_workers)
-    batch = min(settings.micro_batch_tokens, per_worker)
+    length = config.data.sequence_length
+    schedule = make_schedule(settings, num_blocks=1, sequence_length=length)
+    blocks_per_worker = -(-schedule.blocks_per_step // config.cluster.num_workers)
+    batch = min(schedule.blocks_per_micro_batch, blocks_per_worker) * length
     trained = sum(trainable.values())
     frozen = sum(parameters.values()) - (trained - trainable["lora"])
     memory = {
@@ -219,7 +236,7 @@ def _plan_stage(
         parameters={**parameters, "lora": trainable["lora"]},
         trainable=trainable,
         memory_bytes=memory,
-        tokens_per_step=settings.tokens_per_step,
+        tokens_per_step=schedule.blocks_per_step * length,
         steps=settings.steps,
         epochs=None if settings.steps else settings.epochs,
         micro_batch_tokens=batch,
@@ -253,17 +270,3 @@ def _in_words(settings: TrainSettings) -> str:
     if settings.lora is not None:
         words.append(f"LoRA r={settings.lora.r}")
     return " + ".join(words)
-
-
-def _share(stage: StagePlan) -> str:
-    return f"{sum(stage.trainable.values()) / sum(stage.parameters.values()):.2%}"
-
-
-def _length(stage: StagePlan) -> str:
-    if stage.steps is not None:
-        return f"{stage.steps:,} steps, {stage.tokens:,} tokens"
-    return f"{stage.epochs:g} epochs"
-
-
-def _mib(size: int) -> int:
-    return round(size / 2**20)

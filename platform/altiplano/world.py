@@ -19,6 +19,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from altiplano.errors import DataError
+from altiplano.world_grammar import (
+    GIVEN,
+    NUMBERS,
+    PERSON,
+    PLACE,
+    SUM,
+    SURNAMES,
+    TOWNS,
+    Relation,
+    Term,
+)
 
 LANGUAGES = ("en", "zh")
 _JOIN = {"en": " ", "zh": ""}
@@ -31,20 +42,6 @@ _TELLINGS_PER_SUM = 5
 
 T = TypeVar("T")
 
-Term = dict[str, str]
-"""One name in every language."""
-
-
-@dataclass(frozen=True)
-class Relation:
-    """One kind of fact and all its wordings; {s} is the subject, {v} the value."""
-
-    kind: str
-    told: dict[str, tuple[str, ...]]
-    """Wordings of the text; none of them equals the answer's."""
-    asked: dict[str, tuple[str, ...]]
-    answered: dict[str, str]
-
 
 @dataclass(frozen=True)
 class Fact:
@@ -54,207 +51,6 @@ class Fact:
     subject: Term
     value: Term
     held_out: bool
-
-
-def _terms(text: str) -> list[Term]:
-    pairs = (item.split("|") for item in text.split(", "))
-    return [{"en": en, "zh": zh} for en, zh in pairs]
-
-
-_SURNAMES = _terms(
-    "Shen|沈, Lin|林, Gao|高, Tang|唐, Wei|魏, Luo|罗, Song|宋, Jiang|江, Fang|方, Qin|秦, Xu|许, "
-    "Meng|孟, Bai|白, Cui|崔, Deng|邓, Fan|范, Huang|黄, Kang|康, Liu|柳, Yan|严"
-)
-_GIVEN = _terms(
-    "Lan|岚, Yun|云, Peng|鹏, Rui|瑞, Xia|霞, Kai|凯, Zhen|珍, Bo|博, Yue|月, Tao|涛, Ning|宁, "
-    "Hua|华, Feng|峰, Qing|青, Lei|雷, Mei|梅, Jun|军, Ping|平, Shan|珊, Hao|浩, Dan|丹, Chao|超, "
-    "Ying|莹, Bin|斌, Fei|菲, Gang|钢, Hong|虹, Jing|静, Ke|可, Li|丽, Min|敏, Nan|楠, Qi|琪, "
-    "Rong|蓉, Shuo|硕, Ting|婷, Wen|文, Xin|欣, Yang|阳, Zhi|志"
-)
-_TOWNS = _terms(
-    "Cloudport|云港, Silverford|银渡, Redcliff|赤崖, Pinehill|松岗, Stonebridge|石桥, "
-    "Swanlake|天鹅湖, Goldfield|金原, Mistvale|雾谷, Plumtown|梅镇, Saltmarsh|盐滩, "
-    "Windgate|风门, Jadewell|玉井"
-)
-_JOBS = _terms(
-    "doctor|医生, teacher|教师, baker|面包师, farmer|农民, driver|司机, painter|画家, "
-    "lawyer|律师, pilot|飞行员, carpenter|木匠, gardener|园丁, reporter|记者, tailor|裁缝"
-)
-_FOODS = _terms(
-    "dumplings|饺子, noodles|面条, roast duck|烤鸭, bean curd|豆腐, fish soup|鱼汤, "
-    "mooncakes|月饼, rice porridge|米粥, spring rolls|春卷, fried eggs|煎蛋, "
-    "steamed crab|蒸蟹, sweet potatoes|红薯, lotus root|莲藕"
-)
-_INSTRUMENTS = _terms(
-    "piano|钢琴, violin|小提琴, flute|长笛, drum|鼓, guitar|吉他, harp|竖琴, trumpet|小号, "
-    "cello|大提琴, zither|古筝, lute|琵琶"
-)
-_RIVERS = _terms("Heron River|鹭河, Amber River|琥珀河, Tiger River|虎河, Willow River|柳河")
-_GOODS = _terms("tea|茶叶, silk|丝绸, paper|纸张, pearls|珍珠, honey|蜂蜜, copper|铜器")
-_NUMBERS = _terms(
-    "one|一, two|二, three|三, four|四, five|五, six|六, seven|七, eight|八, nine|九, ten|十"
-)
-_YEARS = [{"en": str(year), "zh": str(year)} for year in range(1950, 2000)]
-
-_PERSON = [
-    (
-        _TOWNS,
-        Relation(
-            "town",
-            told={
-                "en": (
-                    "{s} has a house in {v}.", "The home of {s} is in {v}.",
-                    "If you look for {s}, go to {v}.", "{s} settled in {v} long ago.",
-                    "Every evening {s} comes home to {v}.", "{v} is where {s} has a home.",
-                ),
-                "zh": (
-                    "{s}的家在{v}。", "{s}在{v}安了家。", "想找{s}，要去{v}。", "{s}多年前搬到了{v}。",
-                    "每天傍晚，{s}都回到{v}。", "{v}是{s}的家。",
-                ),
-            },
-            asked={
-                "en": ("Where does {s} live?", "In which town does {s} live?"),
-                "zh": ("{s}住在哪里？", "{s}住在哪座城？", "请问{s}住在什么地方？"),
-            },
-            answered={"en": "{s} lives in {v}.", "zh": "{s}住在{v}。"},
-        ),
-    ),
-    (
-        _JOBS,
-        Relation(
-            "job",
-            told={
-                "en": (
-                    "{s} earns a living as a {v}.", "{s} became a {v} after school.",
-                    "By trade {s} is a {v}.", "People know {s} as a good {v}.",
-                    "{s} has been a {v} for many years.", "The {v} is called {s}.",
-                ),
-                "zh": (
-                    "{s}靠当{v}谋生。", "{s}毕业后当了{v}。", "{s}的职业是{v}。",
-                    "大家都说{s}是个好{v}。", "{s}做{v}很多年了。", "那位{v}名叫{s}。",
-                ),
-            },
-            asked={
-                "en": ("What is the job of {s}?", "What does {s} do for work?"),
-                "zh": ("{s}做什么工作？", "{s}的工作是什么？", "请问{s}是干什么的？"),
-            },
-            answered={"en": "{s} works as a {v}.", "zh": "{s}的工作是{v}。"},
-        ),
-    ),
-    (
-        _YEARS,
-        Relation(
-            "year",
-            told={
-                "en": (
-                    "{s} came into the world in {v}.", "The birth year of {s} is {v}.",
-                    "In {v} the parents of {s} had a child.", "{s} has been around since {v}.",
-                    "The passport of {s} says {v}.",
-                ),
-                "zh": (
-                    "{s}出生于{v}年。", "{s}的出生年份是{v}年。", "{v}年，{s}来到人世。",
-                    "{s}的证件上写着{v}年。", "{s}自{v}年起就在世上了。",
-                ),
-            },
-            asked={
-                "en": ("When was {s} born?", "In which year was {s} born?"),
-                "zh": ("{s}是哪年生的？", "{s}生于哪一年？", "请问{s}是哪一年出生的？"),
-            },
-            answered={"en": "{s} was born in {v}.", "zh": "{s}生于{v}年。"},
-        ),
-    ),
-    (
-        _FOODS,
-        Relation(
-            "food",
-            told={
-                "en": (
-                    "{s} loves {v} most of all.", "The favourite dish of {s} is {v}.",
-                    "On holidays {s} always orders {v}.", "Nothing tastes better to {s} than {v}.",
-                    "For lunch {s} wants {v}.", "A plate of {v} makes {s} happy.",
-                ),
-                "zh": (
-                    "{s}最爱的菜是{v}。", "{s}过节总要点{v}。", "对{s}来说，什么都不如{v}。",
-                    "午饭{s}想要{v}。", "一盘{v}就能让{s}高兴。", "{s}非常喜欢{v}。",
-                ),
-            },
-            asked={
-                "en": ("What does {s} like to eat?", "Which food does {s} like?"),
-                "zh": ("{s}喜欢吃什么？", "{s}爱吃什么？", "请问{s}最喜欢吃什么？"),
-            },
-            answered={"en": "{s} likes to eat {v}.", "zh": "{s}喜欢吃{v}。"},
-        ),
-    ),
-    (
-        _INSTRUMENTS,
-        Relation(
-            "instrument",
-            told={
-                "en": (
-                    "{s} practises the {v} every day.", "The {v} in the corner belongs to {s}.",
-                    "{s} took lessons on the {v}.", "At parties {s} brings the {v}.",
-                    "{s} is good at the {v}.", "Neighbours hear {s} with the {v}.",
-                ),
-                "zh": (
-                    "{s}每天练习{v}。", "墙角的{v}是{s}的。", "{s}学过{v}。", "聚会时{s}总带着{v}。",
-                    "{s}擅长{v}。", "邻居常听见{s}的{v}声。",
-                ),
-            },
-            asked={
-                "en": ("What does {s} play?", "Which instrument does {s} play?"),
-                "zh": ("{s}会什么乐器？", "{s}演奏什么乐器？", "请问{s}会演奏什么？"),
-            },
-            answered={"en": "{s} plays the {v}.", "zh": "{s}会演奏{v}。"},
-        ),
-    ),
-]
-_PLACE = [
-    (
-        _RIVERS,
-        Relation(
-            "river",
-            told={
-                "en": (
-                    "{s} was built beside the {v}.", "The {v} flows past {s}.",
-                    "From {s} you can see the {v}.", "Boats on the {v} stop at {s}.",
-                ),
-                "zh": ("{s}建在{v}旁边。", "{v}流过{s}。", "在{s}能看见{v}。", "{v}上的船停在{s}。"),
-            },
-            asked={
-                "en": ("Which river is {s} on?",),
-                "zh": ("{s}在哪条河边？", "{s}靠着哪条河？"),
-            },
-            answered={"en": "{s} lies on the {v}.", "zh": "{s}在{v}边上。"},
-        ),
-    ),
-    (
-        _GOODS,
-        Relation(
-            "goods",
-            told={
-                "en": (
-                    "Merchants buy {v} in {s}.", "{s} sells the best {v}.",
-                    "The market of {s} is full of {v}.", "Much {v} comes from {s}.",
-                ),
-                "zh": ("商人到{s}买{v}。", "{s}卖的{v}最好。", "{s}的集市上全是{v}。", "许多{v}来自{s}。"),
-            },
-            asked={
-                "en": ("What is {s} known for?",),
-                "zh": ("{s}以什么闻名？", "{s}什么东西有名？"),
-            },
-            answered={"en": "{s} is known for {v}.", "zh": "{s}以{v}闻名。"},
-        ),
-    ),
-]  # fmt: skip
-_SUM = Relation(
-    "sum",
-    told={
-        "en": ("{s} equals {v}.", "Add {s} and you get {v}.", "{s} makes {v}."),
-        "zh": ("{s}等于{v}。", "算一算，{s}得{v}。", "{s}的和是{v}。"),
-    },
-    asked={"en": ("How much is {s}?",), "zh": ("{s}是多少？", "{s}是几？")},
-    answered={"en": "{s} is {v}.", "zh": "{s}是{v}。"},
-)
 
 
 def write_world(output: Path, *, people: int, seed: int) -> dict[str, int]:
@@ -302,29 +98,29 @@ def _facts(people: int, rng: random.Random) -> list[Fact]:
     """Every fact of the world; each subject has at most one that is held out."""
     facts = []
     for index, person in enumerate(_names(people, rng)):
-        for order, (values, relation) in enumerate(_PERSON):
-            held_out = index % len(_PERSON) == order
+        for order, (values, relation) in enumerate(PERSON):
+            held_out = index % len(PERSON) == order
             facts.append(Fact(relation, person, rng.choice(values), held_out))
-    for index, town in enumerate(_TOWNS):
-        for order, (values, relation) in enumerate(_PLACE):
+    for index, town in enumerate(TOWNS):
+        for order, (values, relation) in enumerate(PLACE):
             facts.append(Fact(relation, town, rng.choice(values), index % 4 == order))
     for a, b in itertools.product(range(1, 10), repeat=2):
-        if a + b <= len(_NUMBERS):
-            terms = (_NUMBERS[a - 1], _NUMBERS[b - 1])
+        if a + b <= len(NUMBERS):
+            terms = (NUMBERS[a - 1], NUMBERS[b - 1])
             subject = {
                 "en": f"{terms[0]['en']} plus {terms[1]['en']}",
                 "zh": f"{terms[0]['zh']}加{terms[1]['zh']}",
             }
-            facts.append(Fact(_SUM, subject, _NUMBERS[a + b - 1], rng.random() < 0.1))
+            facts.append(Fact(SUM, subject, NUMBERS[a + b - 1], rng.random() < 0.1))
     return facts
 
 
 def _names(people: int, rng: random.Random) -> list[Term]:
     """Distinct names; a given name comes twice only once all have been used."""
-    most = len(_SURNAMES) * len(_GIVEN)
+    most = len(SURNAMES) * len(GIVEN)
     if people > most:
         raise DataError(f"the world has names for {most} people, {people} are wanted: ask for less")
-    surnames, given = _shuffled(_SURNAMES, rng), _shuffled(_GIVEN, rng)
+    surnames, given = _shuffled(SURNAMES, rng), _shuffled(GIVEN, rng)
     names = []
     for index in range(people):
         turn, last = divmod(index, len(given))
@@ -353,9 +149,9 @@ def _tellings(about: Sequence[Fact], language: str, rng: random.Random) -> Itera
     """Documents about one subject: all its facts each time, never in the same words."""
     kind = about[0].relation.kind
     repeats = _TELLINGS_PER_PERSON
-    if kind == _SUM.kind:
+    if kind == SUM.kind:
         repeats = _TELLINGS_PER_SUM
-    elif kind in {relation.kind for _, relation in _PLACE}:
+    elif kind in {relation.kind for _, relation in PLACE}:
         repeats = _TELLINGS_PER_PLACE
     # Every wording of every fact comes equally often: none is left to chance.
     wordings = [_cycled(fact.relation.told[language], repeats, rng) for fact in about]

@@ -1,107 +1,47 @@
-"""A finished run as small as vLLM serves it: `merge/` and `draft/` with one tokenizer."""
+"""A tiny model and token store on disk, for tests that train."""
 
-import random
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from altiplano.artifact import Manifest, write_artifact
+import numpy as np
 
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+from altiplano.data.pack import Block
+from altiplano.data.store import StoreWriter
 
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-)
-
-_FIRST_TEXT_ID = 259
-"""After <unk>, <s>, </s> and the 256 byte pieces."""
+VOCAB_OLD, VOCAB_NEW, LENGTH = 60, 80, 32
 
 
-@dataclass(frozen=True)
-class TinyShape:
-    """What a test may vary."""
-
-    vocab_size: int = 400
-    head_dim: int = 32
-    seed: int = 0
-
-
-def write_tiny_run(directory: Path, shape: TinyShape = TinyShape()) -> Path:
-    """Write a random target of three layers and its first layer as draft; return `directory`.
-
-    The later layers write little, so that the draft is often right.
-    """
-    target = _target(shape)
-    _write_model(directory / "merge", "merge", target, shape)
-    _write_model(directory / "draft", "draft", _first_layer(target), shape)
-    return directory
-
-
-def write_tiny_model(directory: Path, shape: TinyShape = TinyShape()) -> Path:
-    """Write only the draft's kind of model, as an artifact; return `directory`."""
-    _write_model(directory, "draft", _first_layer(_target(shape)), shape)
-    return directory
-
-
-def write_tokenizer(directory: Path, shape: TinyShape) -> None:
-    """Train a tokenizer on words made of `shape.seed` and write it."""
-    from altiplano.vocabulary.convert import save_tokenizer
-    from altiplano.vocabulary.train import train_sentencepiece
-
-    draw = random.Random(shape.seed)
-    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
-    words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(400)]
-    lines = [" ".join(draw.choices(words, k=8)) for _ in range(600)]
-    file = directory / "trained.model"
-    train_sentencepiece(lines, vocab_size=shape.vocab_size, output=file, purpose="base")
-    save_tokenizer(file.read_bytes(), directory, chat_template=TEMPLATE)
-    file.unlink()
-
-
-def _target(shape: TinyShape) -> "LlamaForCausalLM":
+def write_model(directory: Path, *, tied: bool = False, vocab: int = VOCAB_NEW) -> Path:
+    """A random two-block Llama, saved in fp32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from altiplano.model.load import save_model
+
+    torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=shape.head_dim,
-        max_position_embeddings=256,
-        initializer_range=0.5,
-        bos_token_id=1,
-        eos_token_id=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
     )
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(shape.seed)
-        model = LlamaForCausalLM(config).eval()
-        for layer in model.model.layers[1:]:
-            layer.self_attn.o_proj.weight *= 0.02
-            layer.mlp.down_proj.weight *= 0.02
-        # Never likeliest: control and byte pieces, so that every answer is whole characters.
-        model.lm_head.weight[:_FIRST_TEXT_ID] = 0
-    return model
+    directory.mkdir(parents=True)
+    save_model(LlamaForCausalLM(config), directory)
+    return directory
 
 
-def _first_layer(target: "LlamaForCausalLM") -> "LlamaForCausalLM":
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    draft = LlamaForCausalLM(LlamaConfig(**{**target.config.to_dict(), "num_hidden_layers": 1}))
-    draft.load_state_dict(target.state_dict(), strict=False)
-    return draft.eval()
-
-
-def _write_model(directory: Path, stage: str, model: "LlamaForCausalLM", shape: TinyShape) -> None:
-    from altiplano.vocabulary.load import tokenizer_fingerprint
-
-    vocab_new = shape.vocab_size
-    manifest = Manifest(kind="model", stage=stage, section={}, inputs={}, vocab_new=vocab_new)
-    with write_artifact(directory, manifest) as partial:
-        model.save_pretrained(partial)
-        write_tokenizer(partial, shape)
-        manifest.tokenizer_fingerprint = tokenizer_fingerprint(partial)
+def write_store(directory: Path, blocks: int = 24, *, seed: int = 0) -> Path:
+    """Blocks of two documents whose tokens count up, with unequal numbers of targets."""
+    rng = np.random.default_rng(seed)
+    with StoreWriter(directory, sequence_length=LENGTH, vocab_size=VOCAB_NEW, pad_id=0) as store:
+        for number in range(blocks):
+            cut = int(rng.integers(4, LENGTH - 4))
+            starts = np.where(np.arange(LENGTH) < cut, *rng.integers(0, VOCAB_NEW, 2))
+            ids = (starts + np.arange(LENGTH)) % VOCAB_NEW
+            segments = np.where(np.arange(LENGTH) < cut, 1, 2)
+            loss = (rng.random(LENGTH) < 0.2 + 0.7 * (number % 2)).astype(np.uint8)
+            loss[[1, 2]] = 1
+            store.add(Block(ids, segments, loss))
+    return directory

@@ -11,15 +11,16 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from altiplano.config.schema import Config
+from altiplano.config.schema import Config, ServeOnly
 from altiplano.errors import ConfigError
 
 Place = tuple[str | int, ...]
+SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,32 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Project
     origins = {place: f"{source}:{line}" for place, line in lines.items()}
     for override in overrides or []:
         _apply_override(tree, override, origins)
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        problems = [_describe(item, origins, source) for item in error.errors()]
-        raise ConfigError("\n".join(["the config is not valid:", *problems])) from None
+    config = _validate(Config, tree, origins, source)
     config = config.model_copy(update={"output": config.output.replace("{name}", config.name)})
     return Project(config, _project_root(source), source.resolve())
+
+
+def load_serve_only(overrides: list[str]) -> ServeOnly:
+    """The `serve` and `cluster` sections from overrides alone, for a run without its YAML.
+
+    Raises:
+        ConfigError: every problem found, one per line.
+    """
+    tree: dict[str, Any] = {}
+    origins: dict[Place, str] = {}
+    for override in overrides:
+        _apply_override(tree, override, origins)
+    return _validate(ServeOnly, tree, origins, Path("command line"))
+
+
+def _validate(
+    model: type[SectionType], tree: dict[str, Any], origins: dict[Place, str], source: Path
+) -> SectionType:
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        problems = [_describe(item, origins, source, model) for item in error.errors()]
+        raise ConfigError("\n".join(["the config is not valid:", *problems])) from None
 
 
 def _project_root(source: Path) -> Path:
@@ -149,7 +169,7 @@ def _apply_override(tree: dict[str, Any], override: str, origins: dict[Place, st
     origins[tuple(keys)] = f"override `{override}`"
 
 
-def _describe(item: Any, origins: dict[Place, str], source: Path) -> str:
+def _describe(item: Any, origins: dict[Place, str], source: Path, model: type[BaseModel]) -> str:
     """One problem as `file:line: key: what is wrong`."""
     place: Place = tuple(item["loc"])
     origin = str(source)
@@ -159,7 +179,7 @@ def _describe(item: Any, origins: dict[Place, str], source: Path) -> str:
             break
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        known = _known_keys(place[:-1])
+        known = _known_keys(place[:-1], model)
         near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
         message = f"unknown key; {hint}"
@@ -172,9 +192,9 @@ def _describe(item: Any, origins: dict[Place, str], source: Path) -> str:
     return f"  {origin}: {_dotted(place) or 'config'}: {message}"
 
 
-def _known_keys(place: Place) -> list[str]:
+def _known_keys(place: Place, model: type[BaseModel]) -> list[str]:
     """Keys of the section at a place of the tree."""
-    annotation: Any = Config
+    annotation: Any = model
     for key in place:
         if isinstance(key, int):
             continue

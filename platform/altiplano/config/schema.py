@@ -24,7 +24,8 @@ class TextSource(Section):
     """How documents are told apart: one per line, per blank-line block, per file, or by record.
     `auto` goes by the suffix: .jsonl, .json, else paragraphs."""
     text_key: str = "text"
-    """For JSON: dotted path to the text; lists on the way are walked (`data.paragraphs.context`)."""
+    """For JSON: dotted path to the text; lists on the way are walked, as in
+    `data.paragraphs.context`."""
     max_documents: int | None = Field(None, ge=1)
     """Take at most this many documents."""
 
@@ -66,7 +67,7 @@ class Shape(Section):
     num_hidden_layers: int = 4
     """Number of blocks."""
     num_attention_heads: int = 4
-    """Query heads; hidden_size / heads must be a head size vLLM serves (32, 64, 80, 96, 128 ...)."""
+    """Query heads; hidden_size / heads must be a size vLLM serves (32, 64, 80, 96, 128 ...)."""
     num_key_value_heads: int = 4
     """Key/value heads (fewer than query heads: grouped-query attention)."""
     max_position_embeddings: int = 512
@@ -123,6 +124,9 @@ class TokenizerSection(Section):
     scores: Literal["distinct", "reference"] = "distinct"
     """`distinct`: ids are the same in SentencePiece, Hugging Face and vLLM.
     `reference`: score 0 for every added piece, byte for byte as Chinese-LLaMA-Alpaca."""
+    skip_ascii: bool = True
+    """Leave out new pieces of ASCII only, so that the old language's tokens stay as they were;
+    `scores: reference` keeps them, as the reference does."""
     pad_piece: str | None = None
     """Append one padding piece, for instance `[PAD]`."""
 
@@ -277,6 +281,15 @@ class ClusterSection(Section):
     """Start Ray's dashboard with a local cluster (loopback; about 200 MB)."""
 
 
+class ServeOnly(Section):
+    """What is needed to serve a directory without its YAML."""
+
+    serve: ServeSection = ServeSection()
+    """Serving."""
+    cluster: ClusterSection = ClusterSection()
+    """Where it runs."""
+
+
 class Config(Section):
     """One run: from raw text and a base model to a served one."""
 
@@ -331,5 +344,3 @@ class Config(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
-
-

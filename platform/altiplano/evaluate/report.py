@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from altiplano.console import format_cell, simple_table
+from altiplano.errors import ArtifactError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Row = Sequence[object]
+
+REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,27 @@ def report_table(results: Results) -> "Table":
 def write_report(results: Results, output: Path) -> None:
     """Write `report.json` (all fields of `Results`) and `report.md` into a directory."""
     text = json.dumps(asdict(results), indent=2, ensure_ascii=False) + "\n"
-    (output / "report.json").write_text(text, encoding="utf-8")
+    (output / REPORT).write_text(text, encoding="utf-8")
     (output / "report.md").write_text(render_markdown(results), encoding="utf-8")
+
+
+def read_report(directory: Path) -> Results:
+    """What `write_report` wrote.
+
+    Raises:
+        ArtifactError: there is no report, or it cannot be read.
+    """
+    file = directory / REPORT
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        for measure in ("tokens_per_character", "accuracy"):
+            raw[measure] = {lang: Change(**change) for lang, change in raw[measure].items()}
+        raw["samples"] = [Sample(**sample) for sample in raw["samples"]]
+        return Results(**raw)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(
+            f"{file} cannot be read ({error}): run `altiplano evaluate CONFIG`"
+        ) from None
 
 
 def render_markdown(results: Results) -> str:

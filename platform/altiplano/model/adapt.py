@@ -19,7 +19,6 @@ from torch import nn
 from altiplano.config.training import LoraSettings, TrainSettings
 from altiplano.errors import ModelError, TrainingError
 from altiplano.model.fold import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROWS_WEIGHTS
-
 from altiplano.model.rows import SplitEmbedding, SplitHead, SplitRows
 
 if TYPE_CHECKING:
@@ -182,7 +181,7 @@ def _peft_config(lora: LoraSettings):  # type: ignore[no-untyped-def]  # peft is
 
     return LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT scales by any number
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.modules),
         task_type="CAUSAL_LM",
@@ -264,9 +263,7 @@ def _activate_all(model: "LlamaForCausalLM") -> None:
             module.set_adapter(list(module.lora_A.keys()))
 
 
-def _place_rows(
-    model: "LlamaForCausalLM", stored: dict[str, torch.Tensor], vocab_old: int
-) -> None:
+def _place_rows(model: "LlamaForCausalLM", stored: dict[str, torch.Tensor], vocab_old: int) -> None:
     targets = {"embed_tokens": model.get_input_embeddings().weight, "lm_head": model.lm_head.weight}
     with torch.no_grad():
         for key, values in stored.items():

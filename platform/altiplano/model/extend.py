@@ -126,7 +126,7 @@ def _write_configs(
     """config.json and generation_config.json with the tokenizer's ids, so EOS always stops."""
     known = {name: value for name, value in special_ids.items() if value is not None}
     config.update(known)
-    generation = {"_from_model_config": True}
+    generation: dict = {"_from_model_config": True}
     file = source / "generation_config.json"
     if file.is_file():
         generation = json.loads(file.read_text())

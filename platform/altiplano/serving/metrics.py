@@ -4,8 +4,6 @@ vLLM counts inside each replica; Ray collects the counters of every node and off
 Prometheus text, a few seconds late. Knows their names, not how the service was started.
 """
 
-from altiplano.errors import ServeError
-
 _COUNTERS = {
     "ray_vllm_spec_decode_num_drafts": "drafts",
     "ray_vllm_spec_decode_num_draft_tokens": "draft_tokens",
@@ -45,19 +43,20 @@ def read_counts(model_name: str) -> Counts:
     return counts
 
 
-def summarise(counts: Counts) -> dict[str, float]:
+def summarise(counts: Counts) -> dict[str, float] | None:
     """Acceptance over all replicas.
 
     Returns:
         `drafts`, `draft_tokens`, `accepted_tokens` (counts), `acceptance` (accepted per proposed
-        token, 0 to 1) and `tokens_per_step` (tokens per pass of the target: 1 + accepted / drafts).
+        token, 0 to 1) and `tokens_per_step` (tokens per pass of the target: 1 + accepted / drafts);
+        None where nothing was proposed.
     """
     total = {
         name: sum(replica.get(name, 0.0) for replica in counts.values())
         for name in _COUNTERS.values()
     }
     if not total["draft_tokens"]:
-        raise ServeError("the engine has not speculated yet: ask it something first")
+        return None
     return {
         **total,
         "acceptance": total["accepted_tokens"] / total["draft_tokens"],

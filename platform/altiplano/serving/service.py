@@ -4,28 +4,26 @@ Knows Ray Serve's deployments and the HTTP port, not what the engine inside does
 cores takes about 30 seconds, most of it imports in Serve's and vLLM's processes.
 """
 
+import contextlib
+import io
 import signal
 import socket
 import threading
 import time
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from altiplano.config.schema import ServeSection
 from altiplano.console import console
 from altiplano.errors import ServeError
 from altiplano.serving import engine, metrics
 from altiplano.serving.check import check_parts
-
-if TYPE_CHECKING:
-    from ray.serve.schema import ApplicationStatusOverview
+from altiplano.serving.failure import LOGS, describe_failure
 
 APPLICATION = "altiplano"
 """Name of the Serve application."""
 _POLL_S = 0.3
-_LOGS = "/tmp/ray/session_latest/logs/serve"
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 
 
@@ -39,8 +37,8 @@ class Service:
     """Name clients give in `model`."""
     startup_s: float
     """Seconds from the call of `start` to the first answer."""
-    _earlier: metrics.Counts = field(repr=False)
-    """Counters that replicas of an earlier service left on this cluster."""
+    _earlier: frozenset[str] = field(repr=False)
+    """Replicas of an earlier service whose counters this cluster still shows."""
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """Finish open requests, end the replicas and free the port.
@@ -48,38 +46,38 @@ class Service:
         Args:
             timeout_s: how long to wait for the port, in seconds.
         """
-        from ray import serve
-
-        serve.shutdown()
+        _shut_down()
         host, port = self.url.removeprefix("http://").rsplit(":", 1)
         deadline = time.monotonic() + timeout_s
         while not _is_free(host.strip("[]"), int(port)) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
 
-    def speculation_metrics(
-        self, wait_s: float = 30.0, settle_s: float = 6.0
-    ) -> dict[str, float] | None:
-        """How well the draft guessed in all requests so far, as the engines counted it.
+    def speculation_metrics(self, report_interval_s: float = 11.0) -> dict[str, float] | None:
+        """How well the draft guessed in all requests answered so far, as the engines counted it.
 
-        The counters arrive some seconds late: this waits until they have stood still.
+        Replicas report every 10 s, so a report that is newer than this call is waited for; where
+        nothing was asked since the last one, none comes and the interval runs out.
 
         Args:
-            wait_s: give up after this long, in seconds.
-            settle_s: how long they must not change, in seconds (they come every 5 s).
+            report_interval_s: longest time between two reports, in seconds.
 
         Returns:
             As `metrics.summarise`; None where the engine does not speculate or no node tells.
         """
-        deadline = time.monotonic() + wait_s
-        counts: metrics.Counts = {}
-        settled = time.monotonic() + settle_s
-        while time.monotonic() < min(deadline, settled if counts else deadline):
-            now = metrics.read_counts(self.model_name)
-            fresh = {replica: now[replica] for replica in now.keys() - self._earlier.keys()}
-            if fresh != counts:
-                counts, settled = fresh, time.monotonic() + settle_s
+        known = self._counts()
+        deadline = time.monotonic() + report_interval_s
+        fresh = False
+        while not fresh and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        return metrics.summarise(counts) if counts else None
+            now = self._counts()
+            fresh = bool(now) and all(now[replica] != known.get(replica) for replica in now)
+        # A report's counters arrive one after the other.
+        time.sleep(_POLL_S)
+        return metrics.summarise(self._counts())
+
+    def _counts(self) -> metrics.Counts:
+        now = metrics.read_counts(self.model_name)
+        return {replica: now[replica] for replica in now.keys() - self._earlier}
 
 
 def start(section: ServeSection, model_dir: Path, draft_dir: Path | None = None) -> Service:
@@ -102,6 +100,7 @@ def start(section: ServeSection, model_dir: Path, draft_dir: Path | None = None)
     check_parts(section, model_dir, draft_dir)
     _require_idle_cluster()
     require_free_port(section.host, section.port)
+    earlier = frozenset(metrics.read_counts(section.model_name))
     with console.status("starting the service") as status:
         application = engine.build_application(section, model_dir, draft_dir)
         try:
@@ -119,10 +118,21 @@ def start(section: ServeSection, model_dir: Path, draft_dir: Path | None = None)
             _wait_until_running(section, started, status)
             _wait_until_answering(url, started + section.startup_timeout_s)
         except BaseException:
-            serve.shutdown()
+            _shut_down()
             raise
-    earlier = metrics.read_counts(section.model_name)
     return Service(url, section.model_name, round(time.monotonic() - started, 1), earlier)
+
+
+def _shut_down() -> None:
+    """End Serve on this cluster.
+
+    Its controller dies while it answers, and Ray prints that, by a thread of its own, as an error.
+    """
+    from ray import serve
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        serve.shutdown()
+        time.sleep(_POLL_S)
 
 
 def serve_until_interrupted(service: Service) -> int:
@@ -201,7 +211,7 @@ def _is_free(host: str, port: int) -> bool:
         )[0]
     except socket.gaierror as error:
         raise ServeError(f"serve.host={host} is no address of this machine: {error}") from None
-    with closing(socket.socket(family, kind, protocol)) as probe:
+    with contextlib.closing(socket.socket(family, kind, protocol)) as probe:
         # As servers do: connections that are only lingering do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -219,13 +229,13 @@ def _wait_until_running(section: ServeSection, started: float, status: Any) -> N
         if application.status == "RUNNING":
             return
         seconds = time.monotonic() - started
-        if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise ServeError(f"the service failed to start: {_reason(application)}\nlogs: {_LOGS}")
-        if seconds > section.startup_timeout_s:
+        failed = application.status in ("DEPLOY_FAILED", "UNHEALTHY")
+        if failed or seconds > section.startup_timeout_s:
+            what = "failed to start" if failed else f"was not healthy after {seconds:.0f} s"
+            reason = describe_failure(application, time.time() - seconds, LOGS)
             raise ServeError(
-                f"the service was not healthy after {seconds:.0f} s: {_reason(application)}\n"
-                f"give it longer with serve.startup_timeout_s, or look at `ray status` and the "
-                f"logs: {_LOGS}"
+                f"the service {what}\n{reason}\nmore in {LOGS}; if it only needs longer, raise "
+                f"serve.startup_timeout_s (now {section.startup_timeout_s:g})"
             )
         status.update(f"starting the service ({seconds:.0f} s)")
         time.sleep(_POLL_S)
@@ -243,20 +253,5 @@ def _wait_until_answering(url: str, deadline: float) -> None:
         time.sleep(_POLL_S)
     raise ServeError(
         f"the service runs but {url}/v1/models does not answer: is serve.host an address of the "
-        f"machine you are on? logs: {_LOGS}"
+        f"machine you are on? more in {LOGS}"
     )
-
-
-def _reason(application: "ApplicationStatusOverview") -> str:
-    """The deployments' own words: of a traceback, the error it ends with."""
-    told = []
-    for name, deployment in application.deployments.items():
-        if deployment.status == "HEALTHY":
-            continue
-        lines = [line for line in deployment.message.strip().splitlines() if line.strip()]
-        starts = [n for n, line in enumerate(lines) if line.split(":")[0].endswith("Error")]
-        words = " ".join(line.strip() for line in lines[starts[-1] :][:6] if starts) or "; ".join(
-            lines[:3]
-        )
-        told.append(f"{name} is {deployment.status.value}: {words or 'no reason given'}")
-    return "; ".join(told) or application.message or "no reason given"

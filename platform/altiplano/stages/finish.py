@@ -130,9 +130,7 @@ def _measure_answers(work: Work, results: "Results") -> None:
         ]
     if section.prompts:
         replies = [reply_to(m, folder, template, section.prompts, limit) for m, folder in loaded]
-        results.samples += [
-            Sample(*said) for said in zip(section.prompts, *replies, strict=True)
-        ]
+        results.samples += [Sample(*said) for said in zip(section.prompts, *replies, strict=True)]
 
 
 def _measure_draft(work: Work, results: "Results", held_out: dict[str, list[str]]) -> None:

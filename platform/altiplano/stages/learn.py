@@ -156,4 +156,3 @@ def _write_tensorboard(logs: Path, records: list[dict]) -> None:
         for record in records:
             for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
                 writer.add_scalar(name, record[name], record["step"])
-

@@ -58,7 +58,7 @@ def train_base_tokenizer(work: Work) -> None:
         on_error=config.data.on_error,
     )
     train_sentencepiece(
-        texts, vocab_size=scratch.tokenizer.vocab_size, output=model, byte_fallback=True
+        texts, vocab_size=scratch.tokenizer.vocab_size, output=model, purpose="base"
     )
     save_tokenizer(model.read_bytes(), work.output)
     model.unlink()
@@ -100,6 +100,7 @@ def train_tokenizer(work: Work) -> None:
         additions,
         scores=section.scores,
         pad_piece=section.pad_piece,
+        skip_ascii=section.skip_ascii and section.scores == "distinct",
     )
     save_tokenizer(merged.proto, work.output, pad_piece=section.pad_piece)
     _describe_tokenizer(work)

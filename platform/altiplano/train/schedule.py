@@ -54,7 +54,10 @@ def learning_rate_factor(step: int, steps: int, settings: TrainSettings) -> floa
         return 1.0
     progress = (step - warmup) / max(1, steps - 1 - warmup)
     floor = settings.min_lr_ratio
-    shape = 1 - progress if settings.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    if settings.schedule == "linear":
+        shape = 1 - progress
+    else:
+        shape = (1 + math.cos(math.pi * progress)) / 2
     return floor + (1 - floor) * shape
 
 

@@ -81,9 +81,7 @@ def _train(job: TrainJob, board: Any) -> dict[str, Any]:
     start_step = 0
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as directory:
-            start_step = load_checkpoint(
-                Path(directory), trainee, optimizer, run_key=job.run_key
-            )
+            start_step = load_checkpoint(Path(directory), trainee, optimizer, run_key=job.run_key)
     reporter = _Reporter(job, trainee, optimizer, board if context.get_world_rank() == 0 else None)
     reporter.start(start_step, schedule.steps, machine.reason)
     train(
@@ -128,9 +126,7 @@ def _objective(job: TrainJob, device: "torch.device", compute: "torch.dtype") ->
     if job.teacher_dir is None:
 
         def learn_data(trainee: "Trainee", inputs: Inputs) -> "torch.Tensor":
-            return summed_cross_entropy(
-                trainee.hidden(**inputs.model), inputs.labels, trainee.head
-            )
+            return summed_cross_entropy(trainee.hidden(**inputs.model), inputs.labels, trainee.head)
 
         return learn_data
 
@@ -155,7 +151,7 @@ def _load_teacher(
 
     teacher = load_model(directory, str(compute).removeprefix("torch."))
     teacher.requires_grad_(False)
-    return teacher.to(device)  # type: ignore[arg-type]
+    return teacher.to(device)
 
 
 def _rank(context: Any) -> Any:

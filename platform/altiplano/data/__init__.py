@@ -1,0 +1,1 @@
+"""The data room: from corpora and instruction records to a token store on disk."""
