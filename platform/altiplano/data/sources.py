@@ -218,7 +218,8 @@ def _plain_documents(handle: IO[bytes], form: str) -> Iterator[tuple[int, bytes]
         held.append(line)
         size += len(line)
         blank = form == "paragraphs" and not line.strip()
-        if form == "lines" or blank or size >= PIECE_BYTES:
+        cut = size >= PIECE_BYTES or not line.endswith(b"\n")
+        if form == "lines" or blank or cut:
             yield start, b"".join(held)
             held = []
     if held:
@@ -266,7 +267,7 @@ def _json_values(path: str, form: str, problems: Problems) -> Iterator[tuple[Any
             for number, line in enumerate(handle, start=1):
                 raw = line.removeprefix(_BOM) if number == 1 else line
                 if raw.strip():
-                    yield from _parse(raw, path, number, problems)
+                    yield from _parse(raw.strip(), path, number, problems)
             return
         for value, _ in _parse(handle.read().removeprefix(_BOM), path, 1, problems):
             if isinstance(value, list):
@@ -325,7 +326,7 @@ def _from_turns(turns: Any, role_key: str, text_key: str) -> list[dict[str, str]
         if not isinstance(turn, dict) or not isinstance(turn.get(text_key), str):
             return None
         role = turn.get(role_key)
-        messages.append({"role": _ROLES.get(role, role), "content": turn[text_key]})
+        messages.append({"role": _ROLES.get(str(role), str(role)), "content": turn[text_key]})
     spoken = messages[1:] if messages and messages[0]["role"] == "system" else messages
     roles = [message["role"] for message in spoken]
     answered = all(m["content"].strip() for m in spoken if m["role"] == "assistant")

@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
 
-LOGS = Path("/tmp/ray/session_latest/logs")
-"""Where Ray keeps the logs of the newest cluster on this machine."""
+_SESSIONS = Path("/tmp/ray")
+"""Where Ray keeps a folder per cluster, unless it was started with --temp-dir."""
 
 _ERROR = re.compile(r"(?:[\w.]+\.)?(\w+(?:Error|Exception): .*)")
 _MAX_CHARACTERS = 600
+
+
+def log_folder() -> Path:
+    """Folder of the connected cluster's logs on this machine."""
+    import ray
+
+    return _SESSIONS / ray.get_runtime_context().get_session_name() / "logs"
 
 
 def describe_failure(application: "ApplicationStatusOverview", since: float, logs: Path) -> str:

@@ -19,7 +19,7 @@ from altiplano.console import console
 from altiplano.errors import ServeError
 from altiplano.serving import engine, metrics
 from altiplano.serving.check import check_parts
-from altiplano.serving.failure import LOGS, describe_failure
+from altiplano.serving.failure import describe_failure, log_folder
 
 APPLICATION = "altiplano"
 """Name of the Serve application."""
@@ -232,9 +232,10 @@ def _wait_until_running(section: ServeSection, started: float, status: Any) -> N
         failed = application.status in ("DEPLOY_FAILED", "UNHEALTHY")
         if failed or seconds > section.startup_timeout_s:
             what = "failed to start" if failed else f"was not healthy after {seconds:.0f} s"
-            reason = describe_failure(application, time.time() - seconds, LOGS)
+            logs = log_folder()
+            reason = describe_failure(application, time.time() - seconds, logs)
             raise ServeError(
-                f"the service {what}\n{reason}\nmore in {LOGS}; if it only needs longer, raise "
+                f"the service {what}\n{reason}\nmore in {logs}; if it only needs longer, raise "
                 f"serve.startup_timeout_s (now {section.startup_timeout_s:g})"
             )
         status.update(f"starting the service ({seconds:.0f} s)")
@@ -253,5 +254,5 @@ def _wait_until_answering(url: str, deadline: float) -> None:
         time.sleep(_POLL_S)
     raise ServeError(
         f"the service runs but {url}/v1/models does not answer: is serve.host an address of the "
-        f"machine you are on? more in {LOGS}"
+        f"machine you are on? more in {log_folder()}"
     )

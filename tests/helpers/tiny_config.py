@@ -1,0 +1,83 @@
+"""A whole run small enough for a test: a world of six people, two-step stages, two workers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from altiplano.config import Project, load_config
+
+STEPS = 2
+
+
+def training(**given: Any) -> dict[str, Any]:
+    """Settings of one short training stage."""
+    settings = {"steps": STEPS, "tokens_per_step": 256, "learning_rate": 1e-2, "log_steps": 1}
+    return {**settings, "micro_batch_tokens": 256, "precision": "float32", **given}
+
+
+def tiny_tree(output: str = "run") -> dict[str, Any]:
+    """The config as plain data: every stage there is, each as small as it works."""
+    world = "{output}/world"
+    lora = {"r": 2, "alpha": 4}
+    return {
+        "name": "tiny",
+        "output": output,
+        "world": {"people": 6},
+        "base_model": {
+            "scratch": {
+                "text": [{"path": f"{world}/en.txt", "language": "en", "max_documents": 120}],
+                "tokenizer": {"vocab_size": 360},
+                "shape": {
+                    "hidden_size": 64,
+                    "intermediate_size": 96,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 2,
+                    "max_position_embeddings": 256,
+                },
+                "train": training(),
+            }
+        },
+        "tokenizer": {"vocab_size": 200, "languages": ["zh"]},
+        "data": {
+            "text": [
+                {"path": f"{world}/zh.txt", "language": "zh", "max_documents": 120},
+                {"path": f"{world}/en.txt", "language": "en", "max_documents": 40},
+            ],
+            "instructions": [
+                {"path": f"{world}/chat.jsonl", "language": "zh", "max_records": 60}
+            ],
+            "sequence_length": 128,
+            "held_out": 0.1,
+        },
+        "pretrain": {
+            "stages": [training(name="rows", rows="new"), training(name="lora", lora=lora)]
+        },
+        "sft": training(lora=lora),
+        "draft": {"layers": 1, "train": training()},
+        "evaluate": {
+            "questions": [
+                {"path": f"{world}/questions.zh.jsonl", "language": "zh", "max_questions": 3}
+            ],
+            "max_tokens_per_answer": 6,
+            "max_bytes_per_language": 2000,
+        },
+        "serve": {"kv_cache_gib": 0.25, "dtype": "float32", "model_name": "tiny"},
+        "cluster": {"num_workers": 2, "dashboard": False, "object_store_mib": 100},
+    }
+
+
+def write_config(folder: Path, tree: Mapping[str, Any] | None = None) -> Path:
+    """Write a config (the tiny one by default) as `folder/run.yaml`; return the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "run.yaml"
+    text = yaml.safe_dump(dict(tree or tiny_tree()), allow_unicode=True, sort_keys=False)
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def tiny_project(folder: Path, *overrides: str) -> Project:
+    """The tiny config in a folder, loaded."""
+    return load_config(write_config(folder), list(overrides))
