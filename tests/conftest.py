@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # No test has business on a network, and a fork after tokenizers' threads started only warns.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tiny matrices on a busy machine: two threads wait for each other ten times longer than one works.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 # Ray would write a token into the home directory; RAY_AUTH_MODE=token make test tries that mode.

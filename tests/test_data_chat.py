@@ -56,9 +56,7 @@ class Server:
         self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         self._control = Vocabulary(directory).control_pieces
 
-    def ids(
-        self, messages: Sequence[chat.Message], template: str, system: str = ""
-    ) -> list[int]:
+    def ids(self, messages: Sequence[chat.Message], template: str, system: str = "") -> list[int]:
         return list(
             self._tokenizer.apply_chat_template(
                 list(messages),
@@ -113,7 +111,8 @@ def test_any_text_gives_the_servers_ids(
     assert record.ids[record.loss == 0].tolist() == prompt
     trained = record.ids[record.loss == 1]
     assert trained[-1] == vocabulary.eos_id
-    assert vocabulary.decode(trained[:-1].tolist()).strip() == answer.strip()
+    said = answer.replace("<s>", " ").replace("</s>", " ").strip()
+    assert vocabulary.decode(trained[:-1].tolist()).strip() == said
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -122,7 +121,9 @@ def test_loss_is_on_every_answer_and_its_eos_only(template: str, vocabulary: Voc
     loss = np.append(record.loss, 0)
     ends = np.flatnonzero((loss[:-1] == 1) & (loss[1:] == 0)) + 1
     starts = np.flatnonzero(np.diff(record.loss, prepend=0) == 1)
-    answers = [vocabulary.decode(record.ids[a:b].tolist()) for a, b in zip(starts, ends)]
+    answers = [
+        vocabulary.decode(record.ids[a:b].tolist()) for a, b in zip(starts, ends, strict=True)
+    ]
     assert [answer.strip() for answer in answers] == ["很多小船。", "苹果 (two)"]
     assert (record.ids[ends - 1] == vocabulary.eos_id).all()
     assert (record.ids == vocabulary.eos_id).sum() == 2
@@ -151,7 +152,9 @@ def test_rendered_text_by_hand() -> None:
             marks[span.control] + span.text for span in chat.render(TURNS[:2], template, "S")
         )
 
-    assert text("llama-2") == "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\n山上有什么？ [/INST] 很多小船。</s>"
+    assert (
+        text("llama-2") == "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\n山上有什么？ [/INST] 很多小船。</s>"
+    )
     assert text("vicuna") == "<s>S USER: 山上有什么？ ASSISTANT: 很多小船。</s>"
     assert (
         text("alpaca") == "<s>S\n\n### Instruction:\n山上有什么？\n\n### Response:\n很多小船。</s>"

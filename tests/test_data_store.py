@@ -28,9 +28,7 @@ def write(directory: Path, blocks: list[Block], length: int, vocab_size: int = 1
 
 
 @given(documents=documents_strategy, length=st.integers(2, 24))
-def test_text_packing_loses_and_repeats_nothing(
-    documents: list[np.ndarray], length: int
-) -> None:
+def test_text_packing_loses_and_repeats_nothing(documents: list[np.ndarray], length: int) -> None:
     blocks = list(pack_text(documents, length))
     told = [int(id_) for document in documents for id_ in document]
     assert [int(id_) for block in blocks for id_ in block.ids] == told
@@ -147,8 +145,9 @@ def test_store_without_an_index_is_refused(tmp_path: Path) -> None:
 
 
 def test_writer_that_fails_leaves_no_index(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), StoreWriter(
-        tmp_path, sequence_length=4, vocab_size=10, pad_id=PAD
+    with (
+        pytest.raises(KeyError),
+        StoreWriter(tmp_path, sequence_length=4, vocab_size=10, pad_id=PAD),
     ):
         raise KeyError("stop")
     assert not (tmp_path / "index.json").exists()
@@ -168,9 +167,7 @@ def test_order_does_not_change_between_releases() -> None:
     assert block_order(8, seed=1, epoch=0).tolist() != block_order(8, seed=0, epoch=0).tolist()
 
 
-@given(
-    num_blocks=st.integers(1, 20), blocks_per_step=st.integers(1, 50), seed=st.integers(0, 99)
-)
+@given(num_blocks=st.integers(1, 20), blocks_per_step=st.integers(1, 50), seed=st.integers(0, 99))
 def test_steps_run_through_epochs_without_gaps(
     num_blocks: int, blocks_per_step: int, seed: int
 ) -> None:

@@ -178,7 +178,7 @@ def require_same_tokenizer(left: tuple[str, Manifest], right: tuple[str, Manifes
         MismatchError: names both sides, fingerprints, sizes and the command that mends it.
     """
     (name_a, a), (name_b, b) = left, right
-    if a.tokenizer_fingerprint == b.tokenizer_fingerprint:
+    if a.tokenizer_fingerprint is not None and a.tokenizer_fingerprint == b.tokenizer_fingerprint:
         return
     raise MismatchError(
         f"{name_a} and {name_b} do not belong together:\n"

@@ -9,16 +9,28 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from altiplano.errors import AltiplanoError
 
 if TYPE_CHECKING:
     from altiplano.config import Project
 
+
+
+class _Commands(TyperGroup):
+    """All commands; users' errors end here, before typer turns Ctrl-C into a silent exit."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with user_errors():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Teach a LLaMA-type model a new language on one Ray cluster, and serve it.",
     no_args_is_help=True,
     add_completion=False,
@@ -199,8 +211,7 @@ def data_preview(
 
 def main() -> None:
     """Console entry point."""
-    with user_errors():
-        app()
+    app()
 
 
 @contextmanager

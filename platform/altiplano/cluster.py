@@ -21,7 +21,6 @@ PACKAGE = Path(__file__).resolve().parent
 _QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -45,6 +44,9 @@ def connect(section: ClusterSection, address: str | None = None) -> Iterator[Non
         return
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    if not Path("/dev/nvidiactl").exists():
+        # DeepSpeed, which accelerate imports where it is installed, else warns about every CPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     target = address or os.environ.get("RAY_ADDRESS") or section.address
     try:
         info = ray.init(**_join(target) if target else _start(section))

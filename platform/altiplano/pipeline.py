@@ -26,6 +26,8 @@ def build_stages(project: Project) -> list[Stage]:
     """All stages of a config, in the order they run."""
     config = project.config
     stages = [*_base_stages(project), *_vocabulary_stages(config), _text_stage(config)]
+    if config.sft:
+        stages.append(_chat_stage(config))
     model, adapters = "extend", list[str]()
     for settings in config.pretrain.stages if config.pretrain else []:
         name = f"pretrain-{settings.name}"
@@ -33,7 +35,6 @@ def build_stages(project: Project) -> list[Stage]:
         stages.append(stage)
         model, adapters = _extend_chain(stage, settings, model, adapters)
     if config.sft:
-        stages.append(_chat_stage(config))
         stage = _train_stage(config, "sft", "sft", config.sft, model, adapters)
         stages.append(stage)
         model, adapters = _extend_chain(stage, config.sft, model, adapters)
@@ -47,7 +48,7 @@ def build_stages(project: Project) -> list[Stage]:
 def run_stages(
     project: Project, stages: Sequence[Stage], *, forced: set[str] | None = None
 ) -> list[Artifact]:
-    """Run the stages that are not up to date, in order, and all that depend on them.
+    """Run the stages that are not up to date, in order, and all whose inputs thereby change.
 
     Args:
         forced: names to run even if they are up to date.
@@ -55,15 +56,15 @@ def run_stages(
     Returns:
         artifacts of the stages that ran.
     """
-    made, ran = [], set[str]()
+    made = []
     for stage in stages:
-        status = stage_status(project, stage, ran)
+        # What runs before is on disk by now: where it gave the same bytes, nothing follows.
+        status = stage_status(project, stage, set())
         if status.current and stage.name not in (forced or set()):
             console.print(f"[green]cached[/]  {stage.name}")
             continue
         console.print(f"[yellow]running[/] {stage.name}: {status.reason}")
         made.append(execute(project, stage))
-        ran.add(stage.name)
     return made
 
 

@@ -37,8 +37,8 @@ _JOIN = {"en": " ", "zh": ""}
 
 _TELLINGS_PER_PERSON = 24
 """Documents about each person in each language; wording and order differ in each."""
-_TELLINGS_PER_PLACE = 12
-_TELLINGS_PER_SUM = 5
+_TELLINGS_PER_PLACE = 18
+_TELLINGS_PER_SUM = 8
 
 T = TypeVar("T")
 

@@ -16,7 +16,8 @@ class Relation:
 
     kind: str
     told: dict[str, tuple[str, ...]]
-    """Wordings of the text; none of them equals the answer's."""
+    """Wordings of the text; none of them equals the answer's. The subject comes first in each:
+    what a small model has read as "value, then subject" it cannot say the other way round."""
     asked: dict[str, tuple[str, ...]]
     answered: dict[str, str]
 
@@ -73,7 +74,7 @@ PERSON = [
                     "If you look for {s}, go to {v}.",
                     "{s} settled in {v} long ago.",
                     "Every evening {s} comes home to {v}.",
-                    "{v} is where {s} has a home.",
+                    "{s} has always felt at home in {v}.",
                 ),
                 "zh": (
                     "{s}的家在{v}。",
@@ -81,7 +82,7 @@ PERSON = [
                     "想找{s}，要去{v}。",
                     "{s}多年前搬到了{v}。",
                     "每天傍晚，{s}都回到{v}。",
-                    "{v}是{s}的家。",
+                    "{s}的房子在{v}。",
                 ),
             },
             asked={
@@ -102,7 +103,7 @@ PERSON = [
                     "By trade {s} is a {v}.",
                     "People know {s} as a good {v}.",
                     "{s} has been a {v} for many years.",
-                    "The {v} is called {s}.",
+                    "When asked, {s} says: I am a {v}.",
                 ),
                 "zh": (
                     "{s}靠当{v}谋生。",
@@ -110,7 +111,7 @@ PERSON = [
                     "{s}的职业是{v}。",
                     "大家都说{s}是个好{v}。",
                     "{s}做{v}很多年了。",
-                    "那位{v}名叫{s}。",
+                    "{s}的身份是{v}。",
                 ),
             },
             asked={
@@ -128,14 +129,14 @@ PERSON = [
                 "en": (
                     "{s} came into the world in {v}.",
                     "The birth year of {s} is {v}.",
-                    "In {v} the parents of {s} had a child.",
+                    "The parents of {s} had a child in {v}.",
                     "{s} has been around since {v}.",
                     "The passport of {s} says {v}.",
                 ),
                 "zh": (
                     "{s}出生于{v}年。",
                     "{s}的出生年份是{v}年。",
-                    "{v}年，{s}来到人世。",
+                    "{s}来到人世是在{v}年。",
                     "{s}的证件上写着{v}年。",
                     "{s}自{v}年起就在世上了。",
                 ),
@@ -156,16 +157,16 @@ PERSON = [
                     "{s} loves {v} most of all.",
                     "The favourite dish of {s} is {v}.",
                     "On holidays {s} always orders {v}.",
-                    "Nothing tastes better to {s} than {v}.",
+                    "To {s} nothing tastes better than {v}.",
                     "For lunch {s} wants {v}.",
-                    "A plate of {v} makes {s} happy.",
+                    "{s} is happy with a plate of {v}.",
                 ),
                 "zh": (
                     "{s}最爱的菜是{v}。",
                     "{s}过节总要点{v}。",
                     "对{s}来说，什么都不如{v}。",
-                    "午饭{s}想要{v}。",
-                    "一盘{v}就能让{s}高兴。",
+                    "{s}午饭想要{v}。",
+                    "{s}看到{v}就高兴。",
                     "{s}非常喜欢{v}。",
                 ),
             },
@@ -183,7 +184,7 @@ PERSON = [
             told={
                 "en": (
                     "{s} practises the {v} every day.",
-                    "The {v} in the corner belongs to {s}.",
+                    "{s} owns a fine {v}.",
                     "{s} took lessons on the {v}.",
                     "At parties {s} brings the {v}.",
                     "{s} is good at the {v}.",
@@ -191,7 +192,7 @@ PERSON = [
                 ),
                 "zh": (
                     "{s}每天练习{v}。",
-                    "墙角的{v}是{s}的。",
+                    "{s}有一件好{v}。",
                     "{s}学过{v}。",
                     "聚会时{s}总带着{v}。",
                     "{s}擅长{v}。",
@@ -213,11 +214,12 @@ PLACE = [
             "river",
             told={
                 "en": (
-                    "{s} was built beside the {v}.", "The {v} flows past {s}.",
-                    "From {s} you can see the {v}.", "Boats on the {v} stop at {s}.",
+                    "{s} was built beside the {v}.", "Past {s} flows the {v}.",
+                    "From {s} you can see the {v}.", "Boats stop at {s} on the {v}.",
                 ),
                 "zh": (
-                    "{s}建在{v}旁边。", "{v}流过{s}。", "在{s}能看见{v}。", "{v}上的船停在{s}。",
+                    "{s}建在{v}旁边。", "流过{s}的是{v}。", "在{s}能看见{v}。",
+                    "船停在{s}，停在{v}上。",
                 ),
             },
             asked={
@@ -233,12 +235,12 @@ PLACE = [
             "goods",
             told={
                 "en": (
-                    "Merchants buy {v} in {s}.", "{s} sells the best {v}.",
-                    "The market of {s} is full of {v}.", "Much {v} comes from {s}.",
+                    "Merchants come to {s} for {v}.", "{s} sells the best {v}.",
+                    "The market of {s} is full of {v}.", "From {s} comes much {v}.",
                 ),
                 "zh": (
                     "商人到{s}买{v}。", "{s}卖的{v}最好。", "{s}的集市上全是{v}。",
-                    "许多{v}来自{s}。",
+                    "来自{s}的多是{v}。",
                 ),
             },
             asked={

@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 
 from altiplano.config import Project, load_config
+from tests.helpers.tiny_run import write_model
+from tests.helpers.tiny_vocabulary import chinese_lines, english_lines, train_tiny_base
 
 STEPS = 2
 
@@ -52,9 +54,7 @@ def tiny_tree(output: str = "run") -> dict[str, Any]:
             "sequence_length": 128,
             "held_out": 0.1,
         },
-        "pretrain": {
-            "stages": [training(name="rows", rows="new"), training(name="lora", lora=lora)]
-        },
+        "pretrain": {"stages": [training(name="lora", lora=lora)]},
         "sft": training(lora=lora),
         "draft": {"layers": 1, "train": training()},
         "evaluate": {
@@ -67,6 +67,37 @@ def tiny_tree(output: str = "run") -> dict[str, Any]:
         "serve": {"kv_cache_gib": 0.25, "dtype": "float32", "model_name": "tiny"},
         "cluster": {"num_workers": 2, "dashboard": False, "object_store_mib": 100},
     }
+
+
+def write_imported_run(folder: Path, **sections: Any) -> Path:
+    """Write a config with an untrained base, texts and records of its own; return the file.
+
+    Every stage before the first training takes a moment, and none of them needs a world.
+    """
+    from altiplano.vocabulary.convert import save_tokenizer
+
+    write_model(folder / "base", vocab=320)
+    save_tokenizer(train_tiny_base(folder).read_bytes(), folder / "base")
+    (folder / "zh.txt").write_text("\n\n".join(chinese_lines()), encoding="utf-8")
+    (folder / "en.txt").write_text("\n\n".join(english_lines()), encoding="utf-8")
+    record = '{"instruction": "Where is the boat?", "output": "On the river."}\n'
+    (folder / "chat.jsonl").write_text(record * 40, encoding="utf-8")
+    tree = {
+        **tiny_tree(),
+        "world": None,
+        "base_model": {"path": "base"},
+        "tokenizer": {"vocab_size": 60, "languages": ["zh"]},
+        "data": {
+            "text": [
+                {"path": "zh.txt", "language": "zh"},
+                {"path": "en.txt", "language": "en"},
+            ],
+            "instructions": [{"path": "chat.jsonl", "language": "en"}],
+            "sequence_length": 64,
+        },
+        "evaluate": {},
+    }
+    return write_config(folder, {**tree, **sections})
 
 
 def write_config(folder: Path, tree: Mapping[str, Any] | None = None) -> Path:

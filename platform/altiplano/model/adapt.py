@@ -236,6 +236,8 @@ def load_chain_live(
     Used to check a merge: the result must say the same as this. LoRA parts are PEFT modules, rows
     are put into the matrices.
     """
+    import warnings
+
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     from altiplano.model.load import load_model
@@ -248,7 +250,10 @@ def load_chain_live(
             name = f"chain{index}"
             config = LoraConfig.from_pretrained(str(directory))
             config.inference_mode = True
-            inject_adapter_in_model(config, model, adapter_name=name)
+            with warnings.catch_warnings():
+                # PEFT warns that there are several adapters: that is what a chain is.
+                warnings.simplefilter("ignore", UserWarning)
+                inject_adapter_in_model(config, model, adapter_name=name)
             stored = load_file(directory / ADAPTER_WEIGHTS)
             set_peft_model_state_dict(model, stored, adapter_name=name)
     _activate_all(model)

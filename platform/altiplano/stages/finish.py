@@ -109,7 +109,7 @@ def _measure_bits(work: Work, results: "Results", held_out: dict[str, list[str]]
 def _measure_answers(work: Work, results: "Results") -> None:
     """Ask base and finished model the same questions with the same template."""
     from altiplano.data.chat import jinja_template
-    from altiplano.evaluate.questions import accuracy, ask, read_questions, reply_to
+    from altiplano.evaluate.questions import Question, accuracy, ask, read_questions, reply_to
     from altiplano.evaluate.report import Change, Sample
 
     config = work.project.config
@@ -118,12 +118,15 @@ def _measure_answers(work: Work, results: "Results") -> None:
     before, after = work.inputs["base"], work.inputs["merge"]
     loaded = [(_load(work, artifact), artifact.path) for artifact in (before, after)]
     limit = section.max_tokens_per_answer
+    asked: dict[str, list[Question]] = {}
     for source in section.questions:
         path = work.project.resolve(source.path)
-        questions = read_questions(path, source.language, source.max_questions)
+        found = read_questions(path, source.language, source.max_questions)
+        asked.setdefault(source.language, []).extend(found)
+    for language, questions in asked.items():
         said = [ask(model, folder, template, questions, limit) for model, folder in loaded]
-        results.questions[source.language] = len(questions)
-        results.accuracy[source.language] = Change(accuracy(said[0]), accuracy(said[1]))
+        results.questions[language] = len(questions)
+        results.accuracy[language] = Change(accuracy(said[0]), accuracy(said[1]))
         pairs = list(zip(*said, strict=True))[:_SAMPLES_PER_LANGUAGE]
         results.samples += [
             Sample(first.question.instruction, first.reply, last.reply) for first, last in pairs

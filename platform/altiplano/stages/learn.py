@@ -137,7 +137,7 @@ def _finish_full(work: Work, outcome: TrainOutcome, start: Path) -> None:
 
 
 def _finish_logs(work: Work, outcome: TrainOutcome) -> None:
-    """Log, curve and TensorBoard events into the artifact; the run's checkpoints go."""
+    """Log, curve and TensorBoard events into the artifact; the run's checkpoints go after it."""
     from altiplano.evaluate.curves import plot_training
     from altiplano.train.run import read_log
 
@@ -146,7 +146,7 @@ def _finish_logs(work: Work, outcome: TrainOutcome) -> None:
     shutil.copy2(outcome.log_file, logs / "log.jsonl")
     plot_training(logs / "log.jsonl", logs / "curve.png", work.stage.name)
     _write_tensorboard(logs, read_log(logs / "log.jsonl"))
-    shutil.rmtree(outcome.work_dir, ignore_errors=True)
+    work.spent.append(outcome.work_dir)
 
 
 def _write_tensorboard(logs: Path, records: list[dict]) -> None:

@@ -5,6 +5,7 @@ inputs. Knows artifacts and sections, not what any stage does. Checking reads ev
 artifact and every source file once.
 """
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ class Work:
     """Fingerprints, vocabulary sizes and metrics are the stage's to fill."""
     run_key: str
     """Hash of section and inputs."""
+    spent: list[Path] = field(default_factory=list)
+    """Folders to delete once the artifact is in place: until then they can make it again."""
 
     def path(self, role: str) -> Path:
         """Directory of an input artifact."""
@@ -130,8 +133,11 @@ def execute(project: Project, stage: Stage) -> Artifact:
     console.rule(f"[bold]{stage.name}", align="left")
     started = time.monotonic()
     with write_artifact(final, manifest) as output:
-        stage.run(Work(project, stage, artifacts, output, manifest, key))
+        work = Work(project, stage, artifacts, output, manifest, key)
+        stage.run(work)
         manifest.seconds = round(time.monotonic() - started, 2)
+    for folder in work.spent:
+        shutil.rmtree(folder, ignore_errors=True)
     _summarise(manifest, final)
     return Artifact(final, manifest)
 

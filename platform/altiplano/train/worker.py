@@ -182,7 +182,8 @@ class _Reporter:
 
         for name in ("loss", "tokens_per_second", "learning_rate", "grad_norm"):
             self._gauges[name] = Gauge(f"altiplano_train_{name}", tag_keys=("stage",))
-        record = {"event": "start", "step": start_step, "steps": steps, "machine": machine}
+        begin = {"step": start_step, "steps": steps, "machine": machine, "pid": os.getpid()}
+        record = {"event": "start", **begin}
         self._board.push.remote(record)
 
     def on_step(self, record: "StepRecord") -> None:

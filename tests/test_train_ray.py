@@ -1,0 +1,212 @@
+"""Training on Ray: the same losses as without it, after a worker's death and after the driver's."""
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from altiplano.artifact import open_artifact
+from altiplano.config import load_config
+from altiplano.config.schema import ClusterSection
+from altiplano.config.training import LoraSettings, TrainSettings
+from altiplano.data.store import TokenStore
+from altiplano.errors import TrainingError
+from altiplano.model.adapt import Trainee, make_trainee
+from altiplano.model.load import load_model
+from altiplano.model.loss import summed_cross_entropy
+from altiplano.train.batch import Inputs
+from altiplano.train.loop import Rank, StepRecord, make_optimizer, train
+from altiplano.train.machine import Machine
+from altiplano.train.run import read_log, run_training
+from altiplano.train.schedule import make_schedule, stream_seed
+from altiplano.train.worker import TrainJob
+from tests.helpers.command import Command
+from tests.helpers.tiny_config import training, write_imported_run
+from tests.helpers.tiny_run import LENGTH, VOCAB_OLD, write_model, write_store
+
+WORKERS = ClusterSection(num_workers=2)
+
+
+def settings(**given) -> TrainSettings:
+    values = {
+        "name": "test", "lora": LoraSettings(r=4), "steps": 6, "tokens_per_step": 4 * LENGTH,
+        "micro_batch_tokens": LENGTH, "learning_rate": 1e-2, "precision": "float32", "log_steps": 1,
+    }  # fmt: skip
+    return TrainSettings(**{**values, **given})
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> TrainJob:
+    return TrainJob(
+        settings=settings(),
+        model_dir=write_model(tmp_path / "model"),
+        adapter_dirs=(),
+        vocab_old=VOCAB_OLD,
+        store_dir=write_store(tmp_path / "store"),
+        seed=5,
+        run_key="0123456789abcdef",
+        num_threads=1,
+        use_gpu=False,
+    )
+
+
+def losses_without_ray(job: TrainJob) -> list[float]:
+    """The uninterrupted run of one worker in this process: what every other run must equal."""
+    records: list[StepRecord] = []
+    trainee = make_trainee(
+        load_model(job.model_dir), job.settings, job.vocab_old, stream_seed(job.seed, "lora")
+    )
+    store = TokenStore.open(job.store_dir)
+
+    def objective(trainee: Trainee, inputs: Inputs) -> torch.Tensor:
+        return summed_cross_entropy(trainee.hidden(**inputs.model), inputs.labels, trainee.head)
+
+    train(
+        trainee, make_optimizer(trainee), store,
+        make_schedule(job.settings, store.num_blocks, store.sequence_length),
+        machine=Machine(torch.device("cpu"), torch.float32, "sdpa", "test"),
+        rank=Rank(0, 1, lambda tensor: None), seed=job.seed, start_step=0, objective=objective,
+        on_step=records.append, on_checkpoint=lambda step: None,
+    )  # fmt: skip
+    return [record.loss for record in records]
+
+
+def losses_of(log_file: Path) -> list[float]:
+    records = read_log(log_file)
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return [record["loss"] for record in records]
+
+
+def starts_of(log_file: Path) -> list[dict]:
+    """Where workers began: once per start and restart."""
+    records = [json.loads(line) for line in log_file.read_text().splitlines()]
+    return [record for record in records if record["event"] == "start"]
+
+
+def test_two_ray_workers_train_as_one_does_without_ray(
+    job: TrainJob, tmp_path: Path, ray_cluster: dict[str, str]
+) -> None:
+    outcome = run_training(job, WORKERS, tmp_path / "work")
+    expected = losses_without_ray(job)
+    np.testing.assert_allclose(losses_of(outcome.log_file), expected, rtol=1e-4)
+    assert outcome.metrics["last_loss"] == pytest.approx(expected[-1], rel=1e-4)
+    assert {path.suffix for path in outcome.weights_dir.iterdir()} <= {".safetensors", ".json"}
+
+    # The driver may die after the last checkpoint: the run is over, nothing is trained again.
+    weights = {path.name: path.read_bytes() for path in outcome.weights_dir.iterdir()}
+    resumed = run_training(job, WORKERS, tmp_path / "work")
+    assert {path.name: path.read_bytes() for path in resumed.weights_dir.iterdir()} == weights
+    assert [record["step"] for record in starts_of(resumed.log_file)] == [0, 6]
+    assert losses_of(resumed.log_file) == losses_of(outcome.log_file)
+
+
+@dataclass
+class Killer(threading.Thread):
+    """Kills the first worker once the run has written a checkpoint."""
+
+    work_dir: Path
+
+    def __post_init__(self) -> None:
+        super().__init__(daemon=True)
+
+    def run(self) -> None:
+        log = self.work_dir / "log.jsonl"
+        while not (any(self.work_dir.glob("checkpoint-*")) and starts_of(log)):
+            time.sleep(0.01)
+        os.kill(starts_of(log)[0]["pid"], signal.SIGKILL)
+
+
+def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(
+    job: TrainJob, tmp_path: Path, ray_cluster: dict[str, str]
+) -> None:
+    job = replace(job, settings=settings(steps=60, checkpoint_steps=3))
+    killer = Killer(tmp_path / "work" / "test-0123456789ab")
+    killer.start()
+    outcome = run_training(job, WORKERS, tmp_path / "work")
+    killer.join(timeout=5)
+    assert not killer.is_alive()
+    first, second = starts_of(outcome.log_file)
+    assert first["step"] == 0 and 0 < second["step"] < 60 and second["step"] % 3 == 0
+    np.testing.assert_allclose(losses_of(outcome.log_file), losses_without_ray(job), rtol=1e-4)
+
+
+def test_workers_that_keep_dying_end_the_stage_with_the_reason(
+    job: TrainJob, tmp_path: Path, ray_cluster: dict[str, str]
+) -> None:
+    job = replace(job, model_dir=tmp_path / "gone")
+    with pytest.raises(TrainingError, match="stage test failed") as caught:
+        run_training(job, WORKERS.model_copy(update={"max_failures": 0}), tmp_path / "work")
+    assert str(tmp_path / "gone") in str(caught.value)
+
+
+def test_a_useless_run_stops_with_the_reason_and_is_not_tried_again(
+    job: TrainJob, tmp_path: Path, ray_cluster: dict[str, str]
+) -> None:
+    bad = settings(full=True, rows="none", lora=None, learning_rate=1e30)
+    with pytest.raises(TrainingError, match=r"stage test, step \d: the loss is"):
+        run_training(replace(job, settings=bad), WORKERS, tmp_path / "work")
+    (log,) = (tmp_path / "work").glob("*/log.jsonl")
+    assert len(starts_of(log)) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [({"num_workers": 64}, "64 CPU"), ({"num_workers": 2, "gpus_per_worker": 1}, "2 GPU")],
+)
+def test_more_than_the_cluster_has_is_refused_at_once(
+    job: TrainJob, tmp_path: Path, ray_cluster: dict[str, str], asked: dict, named: str
+) -> None:
+    with pytest.raises(TrainingError, match=f"training needs {named}.*the cluster has"):
+        run_training(job, ClusterSection(**asked), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_killed_command_goes_on_where_it_was(tmp_path: Path) -> None:
+    stage = training(name="lora", lora={"r": 2}, steps=60, checkpoint_steps=3)
+    config = write_imported_run(tmp_path, pretrain={"stages": [stage]})
+    order = ("run", config, "--until", "pretrain")
+    training_dir = tmp_path / "run" / ".training"
+    with Command(tmp_path, *order) as command:
+        command.wait_until(lambda: any(training_dir.glob("*/checkpoint-*")))
+        command.kill()
+    assert not (tmp_path / "run" / "pretrain-lora").exists()
+
+    with Command(tmp_path, *order) as command:
+        assert command.exit_code() == 0, command.log
+        assert "pretrain-lora: resumed after step" in command.log
+    log = tmp_path / "run" / "pretrain-lora" / "logs" / "log.jsonl"
+    first, second = starts_of(log)
+    assert 0 < second["step"] < 60 and second["step"] % 3 == 0
+    after = {r["step"]: r["loss"] for r in read_log(log) if r["step"] > second["step"]}
+    expected = _losses_of_stage(config)
+    np.testing.assert_allclose(
+        list(after.values()), [expected[step - 1] for step in after], rtol=1e-4
+    )
+    assert max(after) == 60
+
+
+def _losses_of_stage(config: Path) -> list[float]:
+    """What the first pre-training stage of a run must show, computed without Ray."""
+    project = load_config(config)
+    assert project.config.pretrain is not None
+    model = open_artifact(project.output / "extend")
+    return losses_without_ray(
+        TrainJob(
+            settings=project.config.pretrain.stages[0],
+            model_dir=model.path,
+            adapter_dirs=(),
+            vocab_old=model.manifest.vocab_old or 0,
+            store_dir=project.output / "data-text" / "train",
+            seed=stream_seed(project.config.seed, "pretrain-lora"),
+            run_key="",
+            num_threads=1,
+            use_gpu=False,
+        )
+    )
