@@ -26,7 +26,8 @@ def refusal(*arguments: object) -> str:
     """What a command that must fail says: one message, no traceback."""
     result = altiplano(*arguments)
     assert result.exit_code == 1, result.output
-    assert result.stderr.count("error:") == 1 and "Traceback" not in result.output
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and "Traceback" not in result.output, result.output
     return result.stderr
 
 

@@ -208,7 +208,13 @@ def data_preview(project: Project, records: int) -> None:
     section = project.config.data
     vocabulary_dir = open_artifact(artifact_path(project, "tokenizer"), "tokenizer").path
     if section.text:
-        preview_text(section.text, project.resolve, vocabulary_dir, records=records)
+        preview_text(
+            section.text,
+            project.resolve,
+            vocabulary_dir,
+            held_out=section.held_out,
+            records=records,
+        )
     if section.instructions:
         preview_chat(
             section.instructions,

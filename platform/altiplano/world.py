@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from altiplano.errors import DataError
 from altiplano.world_grammar import (
+    ASIDES,
     GIVEN,
     NUMBERS,
     PERSON,
@@ -39,6 +40,7 @@ _TELLINGS_PER_PERSON = 24
 """Documents about each person in each language; wording and order differ in each."""
 _TELLINGS_PER_PLACE = 18
 _TELLINGS_PER_SUM = 8
+_TELLINGS_PER_ASIDE = 12
 
 T = TypeVar("T")
 
@@ -135,13 +137,14 @@ def _names(people: int, rng: random.Random) -> list[Term]:
 
 
 def _documents(facts: Sequence[Fact], language: str, rng: random.Random) -> Iterator[str]:
-    """The text of one language: about one subject each, in a random order."""
+    """The text of one language in a random order: about one subject each, and some asides."""
     told: list[str] = []
     subjects = itertools.groupby(facts, key=lambda fact: fact.subject["en"])
     for _, group in subjects:
         about = list(group)
         for sentences in _tellings(about, language, rng):
             told.append(_JOIN[language].join(sentences))
+    told += list(ASIDES[language]) * _TELLINGS_PER_ASIDE
     yield from _shuffled(told, rng)
 
 

@@ -260,3 +260,24 @@ SUM = Relation(
     asked={"en": ("How much is {s}?",), "zh": ("{s}是多少？", "{s}是几？")},
     answered={"en": "{s} is {v}.", "zh": "{s}是{v}。"},
 )
+ASIDES = {
+    "en": (
+        "Guests ask where somebody lives and in which town.",
+        "Children ask when somebody was born and in which year.",
+        "Friends ask what somebody does for work and which job it is.",
+        "Cooks ask what somebody likes to eat and which food it is.",
+        "Teachers ask what somebody plays and which instrument it is.",
+        "Travellers ask which river a town lies on and what it is known for.",
+        "Pupils ask how much a plus b is.",
+    ),
+    "zh": (
+        "客人问：他住在哪里？住在哪座城？住在什么地方？",
+        "孩子问：她是哪年生的？生于哪一年？是哪一年出生的？",
+        "朋友问：他做什么工作？工作是什么？是干什么的？",
+        "厨师问：她喜欢吃什么？爱吃什么？最喜欢吃什么？",
+        "老师问：他会什么乐器？演奏什么乐器？会演奏什么？",
+        "旅客请问：这座城在哪条河边？靠着哪条河？以什么闻名？什么东西有名？",
+        "学生问：这是多少？是几？请问得几？",
+    ),
+}
+"""What people ask in general, about nobody: so that the words of questions occur in the text."""

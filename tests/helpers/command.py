@@ -15,19 +15,23 @@ from pathlib import Path
 class Command:
     """A started command; `log` is what it has printed so far, both streams together."""
 
-    def __init__(self, folder: Path, *arguments: object, prefix: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, *arguments: object) -> None:
         self._file = folder / "command.log"
         home = folder / "home"
         home.mkdir(exist_ok=True)
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_A")}
         with self._file.open("w") as output:
             self._process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "altiplano.cli", *map(str, arguments)],
+                [sys.executable, "-m", "altiplano.cli", *map(str, arguments)],
                 env={**environment, "HOME": str(home), "COLUMNS": "200"},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def log(self) -> str:

@@ -76,8 +76,8 @@ def _held_out(data: Path) -> dict[str, list[str]]:
     """Language -> held-out documents."""
     found = {}
     for file in sorted(data.glob("held_out.*.jsonl")):
-        lines = file.read_text(encoding="utf-8").splitlines()
-        found[file.name.split(".")[1]] = [json.loads(line)["text"] for line in lines]
+        with file.open(encoding="utf-8") as lines:
+            found[file.name.split(".")[1]] = [json.loads(line)["text"] for line in lines]
     return found
 
 
@@ -108,13 +108,12 @@ def _measure_bits(work: Work, results: "Results", held_out: dict[str, list[str]]
 
 def _measure_answers(work: Work, results: "Results") -> None:
     """Ask base and finished model the same questions with the same template."""
-    from altiplano.data.chat import jinja_template
     from altiplano.evaluate.questions import Question, accuracy, ask, read_questions, reply_to
     from altiplano.evaluate.report import Change, Sample
 
     config = work.project.config
     section = config.evaluate
-    template = jinja_template(config.data.template, config.data.system_prompt)
+    template = _template(work)
     before, after = work.inputs["base"], work.inputs["merge"]
     loaded = [(_load(work, artifact), artifact.path) for artifact in (before, after)]
     limit = section.max_tokens_per_answer
@@ -158,7 +157,6 @@ def _measure_draft(work: Work, results: "Results", held_out: dict[str, list[str]
 
 def _draft_prompts(work: Work, held_out: dict[str, list[str]]) -> list[list[int]]:
     """Chat prompts of the questions; beginnings of held-out documents where there are none."""
-    from altiplano.data.chat import jinja_template
     from altiplano.evaluate.questions import encode_chats, read_questions
     from altiplano.vocabulary.load import Vocabulary
 
@@ -169,11 +167,20 @@ def _draft_prompts(work: Work, held_out: dict[str, list[str]]) -> list[list[int]
         found = read_questions(path, source.language, min(50, source.max_questions))
         asked += [question.instruction for question in found]
     if asked:
-        template = jinja_template(config.data.template, config.data.system_prompt)
-        return encode_chats(folder, template, asked)[1]
+        return encode_chats(folder, _template(work), asked)[1]
     vocabulary = Vocabulary(folder)
     texts = [text for documents in held_out.values() for text in documents[:25]]
     return [[vocabulary.bos_id, *vocabulary.encode(t)[:_PROMPT_TOKENS]] for t in texts]
+
+
+def _template(work: Work) -> str:
+    """The template of the run's chat data; without any, the one its config names."""
+    from altiplano.data.chat import jinja_template
+
+    if "data-chat" in work.inputs:
+        return (work.path("data-chat") / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    section = work.project.config.data
+    return jinja_template(section.template, section.system_prompt)
 
 
 def _models(work: Work) -> Iterator[tuple[str, Artifact]]:

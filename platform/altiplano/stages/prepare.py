@@ -28,17 +28,27 @@ def make_world(work: Work) -> None:
 
 def import_base(work: Work) -> None:
     """Bring the base model in, checked, with its tokenizer in the one form used everywhere."""
+    from safetensors import SafetensorError
+
     from altiplano.model.load import import_model, weights_fingerprint
     from altiplano.vocabulary.convert import save_tokenizer
+    from altiplano.vocabulary.proto import read_model
 
     section = work.project.config.base_model
     assert section.path is not None
     source = _find_model(work.project.resolve(section.path), section.path)
     import_model(source, work.output, allow_pickle=section.allow_pickle)
+    read_model(source)  # refuses a broken tokenizer.model by its path
     save_tokenizer((source / "tokenizer.model").read_bytes(), work.output)
     size = _describe_tokenizer(work)
     work.manifest.vocab_old = size
-    work.manifest.weights_fingerprint = weights_fingerprint(work.output)
+    try:
+        work.manifest.weights_fingerprint = weights_fingerprint(work.output)
+    except SafetensorError as error:
+        raise ModelError(
+            f"the weights of {source} (*.safetensors) cannot be read: {error}; they were cut short "
+            f"or are something else: fetch them again"
+        ) from None
     work.manifest.metrics = {"source": section.path, "pieces": size}
 
 

@@ -6,7 +6,10 @@ Knows Ray Train; not what is trained or what becomes of the weights.
 """
 
 import json
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,12 +73,27 @@ def run_training(job: TrainJob, cluster: ClusterSection, work_root: Path) -> Tra
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    with _Follower(board, job.settings.name, work_dir / "log.jsonl"):
+    with _Follower(board, job.settings.name, work_dir / "log.jsonl"), _own_interrupts():
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
             raise TrainingError(_explain(error, job, cluster, work_dir)) from None
     return _outcome(result, work_dir, work_dir / "log.jsonl")
+
+
+@contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Make Ctrl-C a KeyboardInterrupt again.
+
+    Ray Train ends its workers on SIGINT, then exits with code 0, and leaves its handler installed.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Board:
