@@ -23,6 +23,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+# Ray Train takes one report per look at its workers, every 2 s unless told otherwise.
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 # Ray would write a token into the home directory; RAY_AUTH_MODE=token make test tries that mode.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # Ray's workers and the commands that tests start find the library and the test helpers as we do.

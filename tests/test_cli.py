@@ -110,9 +110,7 @@ def test_tokenizers_are_trained_merged_and_compared(tmp_path: Path) -> None:
     trained, merged = tmp_path / "trained", tmp_path / "merged"
     base = train_tiny_base(tmp_path)
 
-    made = altiplano(
-        "tokenizer", "train", "--input", zh, "--vocab-size", 60, "--output", trained
-    )
+    made = altiplano("tokenizer", "train", "--input", zh, "--vocab-size", 60, "--output", trained)
     assert made.exit_code == 0, made.output
     done = altiplano(
         "tokenizer", "merge", "--base", base, "--add", trained / "trained.model", "--output", merged

@@ -97,7 +97,7 @@ def test_a_submitted_job_runs_the_line_on_the_cluster(
 
     client = JobSubmissionClient(dashboard)
     job = client.submit_job(
-        entrypoint=f"{sys.executable} jobs/pipeline.py run.yaml --until merge cluster.num_workers=2",
+        entrypoint=f"{sys.executable} jobs/pipeline.py run.yaml --until merge",
         runtime_env={"working_dir": str(checkout)},
     )
     deadline = time.monotonic() + JOB_SECONDS
@@ -133,7 +133,7 @@ def test_a_job_that_cannot_run_fails_with_its_message(dashboard: str, checkout: 
 @pytest.mark.parametrize("name", ["pipeline", "base", "data", "draft", "evaluate", "extend",
                                   "merge", "pretrain", "sft", "tokenizer"])  # fmt: skip
 def test_every_stage_has_a_file_that_finds_the_library(root: Path, name: str) -> None:
-    """Without an installed or exported library: -S -E would hide the dependencies too."""
+    """And reports a config that is not there as the command does."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, root / "jobs" / f"{name}.py", "nowhere.yaml"],

@@ -79,9 +79,7 @@ def test_gaussian_rows_have_the_old_rows_mean_and_covariance() -> None:
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", vocab=VOCAB_OLD)
     with pytest.raises(ModelError, match="has 60 embedding rows but its tokenizer 61 pieces"):
-        extend_checkpoint(
-            base, tmp_path, [[1]], vocab_old=61, init="mean", special_ids={}, seed=0
-        )
+        extend_checkpoint(base, tmp_path, [[1]], vocab_old=61, init="mean", special_ids={}, seed=0)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])

@@ -20,15 +20,13 @@ from tests.helpers.tiny_config import STEPS, tiny_project, tiny_tree, training, 
 
 STAGES = [
     "world", "base-tokenizer", "base-data", "base", "tokenizer", "extend", "data-text",
-    "pretrain-lora", "data-chat", "sft", "merge", "draft", "evaluate",
+    "data-chat", "pretrain-lora", "sft", "merge", "draft", "evaluate",
 ]  # fmt: skip
 TRAINED = ["base", "pretrain-lora", "sft", "draft"]
 
 
 @pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, ray_cluster: dict[str, str]
-) -> Project:
+def finished(tmp_path_factory: pytest.TempPathFactory, ray_cluster: dict[str, str]) -> Project:
     """Run the tiny config once; tests that change anything work on a copy."""
     project = tiny_project(tmp_path_factory.mktemp("pipeline"))
     made = run_stages(project, build_stages(project))

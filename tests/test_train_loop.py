@@ -1,5 +1,6 @@
-"""The loop: the same trajectory whatever the workers, exact resume, no attention across documents."""
+"""The loop: one trajectory for any workers, exact resume, no attention across documents."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,14 +77,12 @@ def run(
             save_checkpoint(save_to, trainee, optimizer, step=step, run_key="k")
             raise StopIteration
 
-    try:
+    with contextlib.suppress(StopIteration):
         train(
             trainee, optimizer, store, schedule, machine=CPU,
             rank=rank or Rank(0, 1, lambda tensor: None), seed=5, start_step=first,
             objective=objective, on_step=records.append, on_checkpoint=on_checkpoint,
         )  # fmt: skip
-    except StopIteration:
-        pass
     return records
 
 
@@ -126,15 +125,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("count", [2, 4, 5])
-def test_the_trajectory_does_not_depend_on_the_number_of_workers(
-    folder: Path, count: int
-) -> None:
+def test_the_trajectory_does_not_depend_on_the_number_of_workers(folder: Path, count: int) -> None:
     """Unequal target counts per block; with five workers one of them has no block at all."""
     alone, together = run(folder, settings()), run_on(count, folder, settings())
     assert len(alone) == STEPS
-    np.testing.assert_allclose(
-        [r.loss for r in together], [r.loss for r in alone], rtol=2e-5
-    )
+    np.testing.assert_allclose([r.loss for r in together], [r.loss for r in alone], rtol=2e-5)
     assert [r.targets for r in together] == [r.targets for r in alone]
     assert len({r.targets for r in alone}) > 1
 

@@ -166,12 +166,17 @@ def test_more_than_the_cluster_has_is_refused_at_once(
 
 
 def test_a_killed_command_goes_on_where_it_was(tmp_path: Path) -> None:
-    stage = training(name="lora", lora={"r": 2}, steps=30, checkpoint_steps=3)
+    stage = training(name="lora", lora={"r": 2}, steps=60, checkpoint_steps=3)
     config = write_imported_run(tmp_path, pretrain={"stages": [stage]})
     order = ("run", config, "--until", "pretrain")
     training_dir = tmp_path / "run" / ".training"
     with Command(tmp_path, *order) as command:
-        command.wait_until(lambda: any(map(has_come_far, training_dir.glob("pretrain-*"))))
+        command.wait_until(
+            lambda: any(
+                has_come_far(work_dir) and starts_of(work_dir / "log.jsonl")
+                for work_dir in training_dir.glob("pretrain-*")
+            )
+        )
         command.kill()
     assert not (tmp_path / "run" / "pretrain-lora").exists()
 
@@ -180,13 +185,13 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path: Path) -> None:
         assert "pretrain-lora: resumed after step" in command.log
     log = tmp_path / "run" / "pretrain-lora" / "logs" / "log.jsonl"
     _, second = starts_of(log)
-    assert 0 < second["step"] < 30 and second["step"] % 3 == 0
+    assert 0 < second["step"] < 60 and second["step"] % 3 == 0
     after = {r["step"]: r["loss"] for r in read_log(log) if r["step"] > second["step"]}
     expected = _losses_of_stage(config)
     np.testing.assert_allclose(
         list(after.values()), [expected[step - 1] for step in after], rtol=1e-4
     )
-    assert max(after) == 30
+    assert max(after) == 60
 
 
 def _losses_of_stage(config: Path) -> list[float]:

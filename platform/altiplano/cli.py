@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from altiplano.config import Project
 
 
-
 class _Commands(TyperGroup):
     """All commands; users' errors end here, before typer turns Ctrl-C into a silent exit."""
 
@@ -55,13 +54,9 @@ Force = Annotated[bool, typer.Option("--force", help="Run it even if it is up to
 def run(
     config: ConfigArgument,
     overrides: Overrides = None,
-    start: Annotated[
-        str | None, typer.Option("--from", help="First stage; runs again.")
-    ] = None,
+    start: Annotated[str | None, typer.Option("--from", help="First stage; runs again.")] = None,
     until: Annotated[str | None, typer.Option("--until", help="Last stage.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would run.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
     address: Address = None,
 ) -> None:
     """Run every stage that is not up to date, from raw text to a servable model."""
@@ -148,9 +143,7 @@ def tokenizer_train(
     vocab_size: Annotated[int, typer.Option(help="Pieces to train.")],
     output: Annotated[Path, typer.Option(help="Directory to write.")],
     model_type: Annotated[str, typer.Option(help="bpe or unigram.")] = "bpe",
-    character_coverage: Annotated[
-        float, typer.Option(help="Characters covered.")
-    ] = 0.9995,
+    character_coverage: Annotated[float, typer.Option(help="Characters covered.")] = 0.9995,
 ) -> None:
     """Train a SentencePiece model on text."""
     from altiplano import commands

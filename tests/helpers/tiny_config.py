@@ -48,9 +48,7 @@ def tiny_tree(output: str = "run") -> dict[str, Any]:
                 {"path": f"{world}/zh.txt", "language": "zh", "max_documents": 120},
                 {"path": f"{world}/en.txt", "language": "en", "max_documents": 40},
             ],
-            "instructions": [
-                {"path": f"{world}/chat.jsonl", "language": "zh", "max_records": 60}
-            ],
+            "instructions": [{"path": f"{world}/chat.jsonl", "language": "zh", "max_records": 60}],
             "sequence_length": 128,
             "held_out": 0.1,
         },
