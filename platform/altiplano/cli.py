@@ -217,10 +217,11 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         _fail("interrupted; finished stages are kept, run the same command again to go on", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
             raise
         where = f" at {error.filename}" if error.filename else ""
-        _fail(f"cannot write{where}: {os.strerror(error.errno)}; nothing finished was lost", 1)
+        reason = os.strerror(error.errno)
+        _fail(f"cannot read or write{where}: {reason}; nothing finished was lost", 1)
 
 
 def _fail(message: str, code: int) -> None:

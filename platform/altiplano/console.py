@@ -38,7 +38,8 @@ def simple_table(title: str, header: Sequence[str], rows: Sequence[Sequence[obje
     """A table whose first column is text and whose other columns are right-aligned."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        # Chinese has no spaces to break at: fold anywhere rather than cut.
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*[format_cell(cell) for cell in row])
     return table
