@@ -1,7 +1,7 @@
 """Merging: exact arithmetic, untouched tensors, refusals, the probe and the chain check."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,15 +22,6 @@ from altiplano.model.load import EMBEDDING, HEAD, load_model
 
 OLD, NEW = 300, 320
 Q0 = "model.layers.0.self_attn.q_proj.weight"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: on models this small, threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -271,7 +271,8 @@ def test_two_commands_do_not_write_into_one_run(project: Project) -> None:
 # The end of the line.
 
 
-def test_the_finished_run_answers_over_http(finished: Project) -> None:
+def answer_over_http(project: Project) -> dict:
+    """Serve a run's model and draft, ask one question, stop."""
     import httpx
 
     from altiplano.serving import service
@@ -279,14 +280,15 @@ def test_the_finished_run_answers_over_http(finished: Project) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    section = finished.config.serve.model_copy(update={"port": port})
-    parts = artifact_path(finished, "merge"), artifact_path(finished, "draft")
-    running = service.start(section, *parts)
+    section = project.config.serve.model_copy(update={"port": port})
+    running = service.start(
+        section, artifact_path(project, "merge"), artifact_path(project, "draft")
+    )
     try:
         answer = httpx.post(
             f"{running.url}/v1/chat/completions",
             json={
-                "model": "tiny",
+                "model": section.model_name,
                 "messages": [{"role": "user", "content": "你好"}],
                 "max_tokens": 8,
                 "temperature": 0,
@@ -296,13 +298,19 @@ def test_the_finished_run_answers_over_http(finished: Project) -> None:
         ).raise_for_status()
     finally:
         running.stop()
-    body = answer.json()
+    body: dict = answer.json()
+    return body
+
+
+def test_the_finished_run_answers_over_http(finished: Project) -> None:
+    body = answer_over_http(finished)
     assert body["choices"][0]["message"]["role"] == "assistant"
     assert 0 < body["usage"]["completion_tokens"] <= 8
-    template = (parts[0] / "chat_template.jinja").read_text(encoding="utf-8")
-    assert template == (artifact_path(finished, "data-chat") / "chat_template.jinja").read_text(
-        encoding="utf-8"
+    served, trained = (
+        (artifact_path(finished, name) / "chat_template.jinja").read_text(encoding="utf-8")
+        for name in ("merge", "data-chat")
     )
+    assert served == trained
 
 
 def test_real_weights_and_real_books(
@@ -329,6 +337,7 @@ def test_real_weights_and_real_books(
     assert new.encode(english) == old.encode(english)
     assert {sample["prompt"] for sample in report["samples"]} == {"你好"}
     assert 0 <= report["draft_acceptance"]["acceptance_rate"] <= 1
+    assert answer_over_http(project)["choices"][0]["message"]["content"]
 
 
 def _real_tree(text: Path, instruct: Path) -> dict:

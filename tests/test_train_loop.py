@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from altiplano.model.adapt import Trainee, make_trainee
 from altiplano.model.load import load_model
 from altiplano.model.loss import summed_cross_entropy
 from altiplano.train.batch import Inputs, document_mask, make_inputs
-from altiplano.train.checkpoint import load_checkpoint, save_checkpoint
+from altiplano.train.checkpoint import load_checkpoint, save_checkpoint, saved_precision
 from altiplano.train.loop import Rank, StepRecord, make_optimizer, train
 from altiplano.train.machine import Machine, choose_machine
 from altiplano.train.schedule import learning_rate_factor, make_schedule, stream_seed
@@ -39,15 +39,6 @@ def settings(**given) -> TrainSettings:
 
 def objective(trainee: Trainee, inputs: Inputs) -> torch.Tensor:
     return summed_cross_entropy(trainee.hidden(**inputs.model), inputs.labels, trainee.head, 16)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny matrices are slower on two threads, far slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(folder: Path, chosen: TrainSettings) -> Trainee:
@@ -74,7 +65,9 @@ def run(
 
     def on_checkpoint(step: int) -> None:
         if save_to is not None and step == stop_after:
-            save_checkpoint(save_to, trainee, optimizer, step=step, run_key="k")
+            save_checkpoint(
+                save_to, trainee, optimizer, step=step, run_key="k", precision="float32"
+            )
             raise StopIteration
 
     with contextlib.suppress(StopIteration):
@@ -145,6 +138,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(folder: Path, dropout: float) ->
     whole = run(folder, chosen)
     before = run(folder, chosen, stop_after=5, save_to=folder / "c")
     after = run(folder, chosen, start=folder / "c")
+    assert saved_precision(folder / "c") == "float32"
     assert [r.step for r in before + after] == list(range(1, STEPS + 1))
     assert [r.loss for r in before + after] == [r.loss for r in whole]
     assert [r.grad_norm for r in before + after] == [r.grad_norm for r in whole]

@@ -197,6 +197,7 @@ class _HeldOut:
         self._files: dict[str, IO[str]] = {}
 
     def add(self, text: str, language: str) -> None:
+        """Write one document."""
         if language not in self._files:
             path = self._output / f"held_out.{language}.jsonl"
             self._files[language] = self._stack.enter_context(path.open("w", encoding="utf-8"))

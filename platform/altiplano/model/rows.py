@@ -32,6 +32,7 @@ class SplitEmbedding(nn.Module):
         self.rows = rows
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Look up ids [...] of either part."""
         vocab_old = self.rows.old.shape[0]
         is_new = input_ids >= vocab_old
         embedded = F.embedding(input_ids.clamp(max=vocab_old - 1), self.rows.old)
@@ -47,5 +48,6 @@ class SplitHead(nn.Module):
         self.rows = rows
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of both parts side by side."""
         new = self.rows.new.to(self.rows.old.dtype)
         return torch.cat([F.linear(hidden, self.rows.old), F.linear(hidden, new)], dim=-1)

@@ -192,6 +192,11 @@ def _require_idle_cluster() -> None:
 
 
 def require_free_port(host: str, port: int) -> None:
+    """Refuse a port that something listens on, before anything starts.
+
+    Raises:
+        ServeError: names the port and how to choose another.
+    """
     if not _is_free(host, port):
         raise ServeError(
             f"port {port} on {host} is in use: stop what listens there, or choose another "

@@ -18,16 +18,29 @@ _STATE = "state.json"
 
 
 def save_checkpoint(
-    directory: Path, trainee: Trainee, optimizer: torch.optim.AdamW, *, step: int, run_key: str
+    directory: Path,
+    trainee: Trainee,
+    optimizer: torch.optim.AdamW,
+    *,
+    step: int,
+    run_key: str,
+    precision: str,
 ) -> None:
-    """Write a checkpoint after `step` finished steps."""
+    """Write a checkpoint after `step` finished steps computed in `precision`."""
     trainee.save(directory / WEIGHTS)
     tensors = {}
     for name, parameter in trainee.trainable().items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}:{name}"] = value.detach().cpu().contiguous()
     save_file(tensors, directory / _OPTIMIZER)
-    (directory / _STATE).write_text(json.dumps({"step": step, "run_key": run_key}))
+    state = {"step": step, "run_key": run_key, "precision": precision}
+    (directory / _STATE).write_text(json.dumps(state))
+
+
+def saved_precision(directory: Path) -> str:
+    """What the run was computed in so far, so that resuming it does not change that."""
+    precision: str = json.loads((directory / _STATE).read_text())["precision"]
+    return precision
 
 
 def load_checkpoint(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from altiplano.model.adapt import Trainee
     from altiplano.train.loop import Objective, StepRecord
+    from altiplano.train.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,12 @@ def _train(job: TrainJob, board: Any) -> dict[str, Any]:
     import ray.train
 
     from altiplano.data.store import TokenStore
-    from altiplano.model.load import load_config
     from altiplano.train.checkpoint import load_checkpoint
     from altiplano.train.loop import make_optimizer, train
-    from altiplano.train.machine import choose_machine
     from altiplano.train.schedule import make_schedule
 
     context = ray.train.get_context()
-    width = load_config(job.model_dir).hidden_size
-    machine = choose_machine(job.settings, width, use_gpu=job.use_gpu)
+    machine = _agree_on_machine(job)
     trainee = _build_trainee(job, machine.compute, machine.attention)
     trainee.model.to(machine.device)
     store = TokenStore.open(job.store_dir)
@@ -82,8 +80,10 @@ def _train(job: TrainJob, board: Any) -> dict[str, Any]:
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as directory:
             start_step = load_checkpoint(Path(directory), trainee, optimizer, run_key=job.run_key)
-    reporter = _Reporter(job, trainee, optimizer, board if context.get_world_rank() == 0 else None)
-    reporter.start(start_step, schedule.steps, machine.reason)
+    reporter = _Reporter(
+        job, trainee, optimizer, machine, board if context.get_world_rank() == 0 else None
+    )
+    reporter.start(start_step, schedule.steps)
     train(
         trainee,
         optimizer,
@@ -98,6 +98,44 @@ def _train(job: TrainJob, board: Any) -> dict[str, Any]:
         on_checkpoint=reporter.on_checkpoint,
     )
     return {"stopped": None, "machine": machine.reason}
+
+
+def _agree_on_machine(job: TrainJob) -> "Machine":
+    """What rank 0 chooses, for all workers: a probe on each could come out differently.
+
+    Raises:
+        TrainingError: what was asked for is not here; on every worker, so that none waits.
+    """
+    import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    choice: Machine | TrainingError | None = None
+    if ray.train.get_context().get_world_rank() == 0:
+        try:
+            choice = _choose_machine(job)
+        except TrainingError as error:
+            choice = error
+    agreed: Machine | TrainingError = broadcast_from_rank_zero(choice)
+    if isinstance(agreed, TrainingError):
+        raise agreed
+    return agreed
+
+
+def _choose_machine(job: TrainJob) -> "Machine":
+    """A resumed run goes on in the precision it began in."""
+    import ray.train
+
+    from altiplano.model.load import load_config
+    from altiplano.train.checkpoint import saved_precision
+    from altiplano.train.machine import choose_machine
+
+    settings = job.settings
+    if (checkpoint := ray.train.get_checkpoint()) is not None:
+        with checkpoint.as_directory() as directory:
+            precision = saved_precision(Path(directory))
+        settings = settings.model_copy(update={"precision": precision})
+    width = load_config(job.model_dir).hidden_size
+    return choose_machine(settings, width, use_gpu=job.use_gpu)
 
 
 def _build_trainee(job: TrainJob, compute: "torch.dtype", attention: str) -> "Trainee":
@@ -169,12 +207,15 @@ def _rank(context: Any) -> Any:
 class _Reporter:
     """Sends records to the board (rank 0 only) and checkpoints to Ray Train (all ranks)."""
 
-    def __init__(self, job: TrainJob, trainee: "Trainee", optimizer: Any, board: Any) -> None:
+    def __init__(
+        self, job: TrainJob, trainee: "Trainee", optimizer: Any, machine: "Machine", board: Any
+    ) -> None:
         self._job, self._trainee, self._optimizer, self._board = job, trainee, optimizer, board
+        self._machine = machine
         self._gauges: dict[str, Any] = {}
         self._last: StepRecord | None = None
 
-    def start(self, start_step: int, steps: int, machine: str) -> None:
+    def start(self, start_step: int, steps: int) -> None:
         """Tell the board where the run begins."""
         if self._board is None:
             return
@@ -182,8 +223,8 @@ class _Reporter:
 
         for name in ("loss", "tokens_per_second", "learning_rate", "grad_norm"):
             self._gauges[name] = Gauge(f"altiplano_train_{name}", tag_keys=("stage",))
-        begin = {"step": start_step, "steps": steps, "machine": machine, "pid": os.getpid()}
-        record = {"event": "start", **begin}
+        begin = {"step": start_step, "steps": steps, "pid": os.getpid()}
+        record = {"event": "start", "machine": self._machine.reason, **begin}
         self._board.push.remote(record)
 
     def on_step(self, record: "StepRecord") -> None:
@@ -210,7 +251,12 @@ class _Reporter:
             return
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(
-                Path(folder), self._trainee, self._optimizer, step=step, run_key=self._job.run_key
+                Path(folder),
+                self._trainee,
+                self._optimizer,
+                step=step,
+                run_key=self._job.run_key,
+                precision=str(self._machine.compute).removeprefix("torch."),
             )
             name = f"checkpoint-{step:08d}"
             ray.train.report(
