@@ -144,9 +144,7 @@ def prepare_chat(
     The loss is on every answer and its EOS. Records are never split. Ray must be initialised.
 
     Args:
-        sources: instruction files, in order.
-        resolve: from config paths to absolute ones.
-        vocabulary_dir: tokenizer directory that every worker can read.
+        sources, resolve, vocabulary_dir: as of `prepare_text`, with instruction files.
         template: key of `chat.TEMPLATES`.
         system_prompt: system message of records that bring none.
         sequence_length: tokens per block.
@@ -184,8 +182,8 @@ def prepare_chat(
             f"no record is left to train on (dropped: {dict(counts.problems.skipped)}): "
             f"give more records or raise `data.sequence_length` ({sequence_length})"
         )
-    source = chat.jinja_template(template, system_prompt, vocabulary.control_pieces)
-    (output / TEMPLATE_FILE).write_text(source, encoding="utf-8")
+    jinja = chat.jinja_template(template, system_prompt, vocabulary.control_pieces)
+    (output / TEMPLATE_FILE).write_text(jinja, encoding="utf-8")
     return counts.metrics(writer) | {"prompts_truncated": truncated["truncated"]}
 
 
