@@ -74,11 +74,10 @@ def _start(section: ClusterSection) -> dict[str, Any]:
     # Workers inherit the environment; a checkout that is not installed is found this way.
     paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    # One CPU more than training takes, so that data tasks and Serve's proxies find a place.
-    wanted = int(section.num_workers * section.cpus_per_worker) + 1
     return {
         "address": "local",
-        "num_cpus": max(os.cpu_count() or 1, wanted),
+        # One more than there are, so that data tasks and Serve find a place beside training.
+        "num_cpus": (os.cpu_count() or 1) + 1,
         "object_store_memory": section.object_store_mib << 20,
         "include_dashboard": section.dashboard,
         "dashboard_host": "127.0.0.1",
