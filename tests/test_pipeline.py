@@ -95,7 +95,7 @@ def test_training_leaves_its_curve_and_log(finished: Project, name: str) -> None
     steps = [record["step"] for record in records if record["event"] == "step"]
     assert steps == list(range(1, STEPS + 1))
     assert (logs / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert list(logs.glob("events.out.tfevents.*"))
+    assert list((logs / "tensorboard").glob("events.out.tfevents.*"))
     assert artifact(finished, name).manifest.metrics["steps"] == STEPS
 
 

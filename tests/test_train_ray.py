@@ -24,7 +24,7 @@ from altiplano.model.loss import summed_cross_entropy
 from altiplano.train.batch import Inputs
 from altiplano.train.loop import Rank, StepRecord, make_optimizer, train
 from altiplano.train.machine import Machine
-from altiplano.train.run import read_log, run_training
+from altiplano.train.run import LOG, read_log, run_training
 from altiplano.train.schedule import make_schedule, stream_seed
 from altiplano.train.worker import TrainJob
 from tests.helpers.command import Command
@@ -95,7 +95,7 @@ def test_two_ray_workers_train_as_one_does_without_ray(
 ) -> None:
     outcome = run_training(job, WORKERS, tmp_path / "work")
     expected = losses_without_ray(job)
-    np.testing.assert_allclose(losses_of(outcome.log_file), expected, rtol=1e-4)
+    np.testing.assert_allclose(losses_of(outcome.work_dir / LOG), expected, rtol=1e-4)
     assert outcome.metrics["last_loss"] == pytest.approx(expected[-1], rel=1e-4)
     assert {path.suffix for path in outcome.weights_dir.iterdir()} <= {".safetensors", ".json"}
 
@@ -103,8 +103,8 @@ def test_two_ray_workers_train_as_one_does_without_ray(
     weights = {path.name: path.read_bytes() for path in outcome.weights_dir.iterdir()}
     resumed = run_training(job, WORKERS, tmp_path / "work")
     assert {path.name: path.read_bytes() for path in resumed.weights_dir.iterdir()} == weights
-    assert [record["step"] for record in starts_of(resumed.log_file)] == [0, 6]
-    assert losses_of(resumed.log_file) == losses_of(outcome.log_file)
+    assert [record["step"] for record in starts_of(resumed.work_dir / LOG)] == [0, 6]
+    assert losses_of(resumed.work_dir / LOG) == losses_of(outcome.work_dir / LOG)
 
 
 def has_come_far(work_dir: Path) -> bool:
@@ -129,9 +129,11 @@ def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(
     outcome = run_training(job, WORKERS, tmp_path / "work")
     killer.join(timeout=5)
     assert not killer.is_alive()
-    first, second = starts_of(outcome.log_file)
+    first, second = starts_of(outcome.work_dir / LOG)
     assert first["step"] == 0 and 0 < second["step"] < 30 and second["step"] % 3 == 0
-    np.testing.assert_allclose(losses_of(outcome.log_file), losses_without_ray(job), rtol=1e-4)
+    np.testing.assert_allclose(
+        losses_of(outcome.work_dir / LOG), losses_without_ray(job), rtol=1e-4
+    )
 
 
 def test_workers_that_keep_dying_end_the_stage_with_the_reason(

@@ -139,20 +139,10 @@ def _finish_full(work: Work, outcome: TrainOutcome, start: Path) -> None:
 def _finish_logs(work: Work, outcome: TrainOutcome) -> None:
     """Log, curve and TensorBoard events into the artifact; the run's checkpoints go after it."""
     from altiplano.evaluate.curves import plot_training
-    from altiplano.train.run import read_log
+    from altiplano.train.run import EVENTS, LOG
 
     logs = work.output / LOGS
-    logs.mkdir()
-    shutil.copy2(outcome.log_file, logs / "log.jsonl")
-    plot_training(logs / "log.jsonl", logs / "curve.png", work.stage.name)
-    _write_tensorboard(logs, read_log(logs / "log.jsonl"))
+    shutil.copytree(outcome.work_dir / EVENTS, logs / EVENTS)
+    shutil.copy2(outcome.work_dir / LOG, logs / LOG)
+    plot_training(logs / LOG, logs / "curve.png", work.stage.name)
     work.spent.append(outcome.work_dir)
-
-
-def _write_tensorboard(logs: Path, records: list[dict]) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(logs)) as writer:
-        for record in records:
-            for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
-                writer.add_scalar(name, record[name], record["step"])

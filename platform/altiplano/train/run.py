@@ -19,6 +19,9 @@ from altiplano.console import console, progress_bar
 from altiplano.errors import TrainingError
 from altiplano.train.worker import TrainJob, run_worker
 
+LOG = "log.jsonl"
+EVENTS = "tensorboard"
+_PLOTTED = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 _POLL_S = 0.3
 
 
@@ -27,9 +30,8 @@ class TrainOutcome:
     """A finished run: where the trained weights lie and what was seen."""
 
     weights_dir: Path
-    log_file: Path
     work_dir: Path
-    """Everything of the run; the stage deletes it once its artifact is written."""
+    """All of the run, `LOG` and `EVENTS` too; deleted once the stage's artifact is in place."""
     metrics: dict[str, Any]
 
 
@@ -73,12 +75,12 @@ def run_training(job: TrainJob, cluster: ClusterSection, work_root: Path) -> Tra
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    with _Follower(board, job.settings.name, work_dir / "log.jsonl"), _own_interrupts():
+    with _Follower(board, job.settings.name, work_dir), _own_interrupts():
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
             raise TrainingError(_explain(error, job, cluster, work_dir)) from None
-    return _outcome(result, work_dir, work_dir / "log.jsonl")
+    return _outcome(result, work_dir)
 
 
 @contextmanager
@@ -113,10 +115,13 @@ class Board:
 
 
 class _Follower:
-    """Background thread: board -> progress bar and JSONL log, while `fit` blocks."""
+    """Background thread: board -> bar, JSONL log and TensorBoard events, while `fit` blocks."""
 
-    def __init__(self, board: Any, title: str, log_file: Path) -> None:
-        self._board, self._title, self._log_file = board, title, log_file
+    def __init__(self, board: Any, title: str, work_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board, self._title, self._log_file = board, title, work_dir / LOG
+        self._events = SummaryWriter(str(work_dir / EVENTS), flush_secs=5)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -126,6 +131,7 @@ class _Follower:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(timeout=10)
+        self._events.close()
 
     def _follow(self) -> None:
         with progress_bar() as bar, self._log_file.open("a", encoding="utf-8") as log:
@@ -154,6 +160,8 @@ class _Follower:
                 console.log(f"{self._title}: resumed after step {record['step']}")
             bar.update(task, total=record["steps"], completed=record["step"], detail="")
             return
+        for name in _PLOTTED:
+            self._events.add_scalar(name, record[name], record["step"])
         detail = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
         bar.update(task, completed=record["step"], detail=detail)
 
@@ -181,7 +189,7 @@ def _explain(error: Exception, job: TrainJob, cluster: ClusterSection, work_dir:
     )
 
 
-def _outcome(result: Any, work_dir: Path, log_file: Path) -> TrainOutcome:
+def _outcome(result: Any, work_dir: Path) -> TrainOutcome:
     """Check how the run ended and read its log."""
     from altiplano.train.checkpoint import WEIGHTS
 
@@ -190,7 +198,7 @@ def _outcome(result: Any, work_dir: Path, log_file: Path) -> TrainOutcome:
         raise TrainingError(returned["stopped"])
     if result.checkpoint is None:
         raise TrainingError(f"no checkpoint was written in {work_dir}: zero steps were trained")
-    steps = read_log(log_file)
+    steps = read_log(work_dir / LOG)
     speeds = sorted(record["tokens_per_second"] for record in steps)
     metrics = {
         "steps": steps[-1]["step"] if steps else None,
@@ -199,7 +207,7 @@ def _outcome(result: Any, work_dir: Path, log_file: Path) -> TrainOutcome:
         "tokens_per_second": round(speeds[len(speeds) // 2]) if speeds else None,
         "machine": returned.get("machine"),
     }
-    return TrainOutcome(Path(result.checkpoint.path) / WEIGHTS, log_file, work_dir, metrics)
+    return TrainOutcome(Path(result.checkpoint.path) / WEIGHTS, work_dir, metrics)
 
 
 def read_log(log_file: Path) -> list[dict[str, Any]]:
