@@ -245,7 +245,8 @@ class ServeSection(Section):
     max_ongoing_requests: int = Field(64, ge=1)
     """Requests per replica before new ones wait."""
     speculate: bool = True
-    """Let the draft speculate in the engine, where the run has one."""
+    """Let the draft speculate in the engine, where the run has one. On CPUs vLLM 0.29 samples
+    wrongly while it speculates, so there every request is answered greedily; false samples."""
     draft_tokens: int = Field(4, ge=1)
     """Tokens the draft proposes per step."""
     max_model_len: int | None = Field(None, ge=16)

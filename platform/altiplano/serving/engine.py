@@ -65,7 +65,19 @@ def llm_config(
         # One token as soon as it is there, instead of a batch every 50 ms.
         experimental_configs={"stream_batching_interval_ms": 0},
         runtime_env={"env_vars": dict(_QUIET)},
+        server_cls=_server_class() if answers_greedily(section, draft_dir) else None,
     )
+
+
+def answers_greedily(section: ServeSection, draft_dir: Path | None) -> bool:
+    """Whether the service reads every request at temperature 0 (see `serving/greedy.py`)."""
+    return draft_dir is not None and section.speculate and section.gpus_per_replica == 0
+
+
+def _server_class() -> type:
+    from altiplano.serving.greedy import GreedyServer
+
+    return GreedyServer
 
 
 def build_application(

@@ -101,6 +101,11 @@ def start(section: ServeSection, model_dir: Path, draft_dir: Path | None = None)
     _require_idle_cluster()
     require_free_port(section.host, section.port)
     earlier = frozenset(metrics.read_counts(section.model_name))
+    if engine.answers_greedily(section, draft_dir):
+        console.log(
+            "speculating on a CPU: every request is answered at temperature 0 "
+            "(serve.speculate=false samples, without the draft)"
+        )
     with console.status("starting the service") as status:
         application = engine.build_application(section, model_dir, draft_dir)
         try:
