@@ -93,6 +93,17 @@ def test_a_streamed_chat_says_what_a_plain_one_says(client: "OpenAI") -> None:
     assert len([piece for piece in pieces if piece]) > 3
 
 
+def test_a_cpu_service_that_speculates_answers_greedily(client: "OpenAI") -> None:
+    """Sampling there would give noise (serving/greedy.py)."""
+    greedy, hot = (
+        client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=30, temperature=temperature
+        )
+        for temperature in (0, 1.5)
+    )
+    assert hot.choices[0].text == greedy.choices[0].text
+
+
 def test_wrong_requests_are_the_clients_fault(client: "OpenAI") -> None:
     from openai import BadRequestError, NotFoundError
 
