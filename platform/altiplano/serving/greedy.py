@@ -1,7 +1,7 @@
 """A server that answers greedily, for speculation on CPUs.
 
-vLLM 0.29's CPU engine divides by temperatures it never wrote when it speculates and samples, so
-its sampled text is noise; its greedy text is exact. Until that is mended upstream, a CPU service
+vLLM 0.29's CPU engine was seen to give noise when it samples while it speculates, and the right
+text when it does either alone or is greedy. Until that is mended upstream, a CPU service
 that speculates reads every request at temperature 0. Knows only that one field of a request.
 Importing it imports `ray.serve.llm` (several seconds).
 """
