@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from tests.helpers.s3 import point_at_loopback, s3_bucket, s3_server  # noqa: F401 - fixtures
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
@@ -31,6 +33,9 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT / "platform"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+# Before any cluster starts: its workers read s3:// addresses too, and never a real one.
+point_at_loopback()
 
 # Time on a shared machine says nothing about correctness.
 settings.register_profile("altiplano", deadline=None)

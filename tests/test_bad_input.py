@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from altiplano.artifact import open_artifact
-from altiplano.cli import app
 from altiplano.config import load_config
 from altiplano.stages.stage import Stage, Work, execute
-from tests.helpers.command import Command
+from tests.helpers.command import Command, altiplano, refusal
 from tests.helpers.tiny_config import training, write_imported_run
 from tests.helpers.tiny_run import write_model
 
@@ -29,21 +27,6 @@ Spoil = Callable[[Path], Any]
 def run(tmp_path: Path, ray_cluster: dict[str, str]) -> Path:
     """Return the config of a run that would work."""
     return write_imported_run(tmp_path)
-
-
-def altiplano(*arguments: object) -> Result:
-    wide = {"COLUMNS": "200", "TERMINAL_WIDTH": "200", "NO_COLOR": "1"}
-    return CliRunner(env=wide).invoke(app, [str(word) for word in arguments])
-
-
-def refusal(*arguments: object) -> str:
-    """What a command that must fail says: one message and no traceback."""
-    result = altiplano(*arguments)
-    assert result.exit_code == 1, result.output
-    assert isinstance(result.exception, SystemExit), result.exception
-    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1 and "Traceback" not in result.output, result.output
-    return result.stderr
 
 
 def until(stage: str, run: Path, *overrides: str) -> tuple[object, ...]:
@@ -82,7 +65,7 @@ def a_directory(folder: Path) -> None:
         (
             put_line("chat.jsonl", 4, b'{"instruction": "a", "output": " "}'),
             "data-chat",
-            ["chat.jsonl:4: an instruction record without an answer"],
+            ["chat.jsonl:4: the conversation does not end in an answer"],
         ),
         (put_line("chat.jsonl", 5, b'{"instruction": "\xc3("}'), "data-chat", ["chat.jsonl:5"]),
         (lambda f: (f / "chat.jsonl").write_text(""), "data-chat", ["no usable instruction"]),
@@ -158,7 +141,7 @@ def cut_weights(base: Path) -> None:
         (as_pickle, ["pickle (pytorch_model.bin)", "base_model.allow_pickle"]),
         (cut_weights, ["weights of", "safetensors", "fetch them again"]),
         (lambda b: (b / "model.safetensors").unlink(), ["holds no weights"]),
-        (lambda b: (b / "tokenizer.model").unlink(), ["has no tokenizer.model"]),
+        (lambda b: (b / "tokenizer.model").unlink(), ["neither", "tokenizer.model"]),
         (lambda b: (b / "tokenizer.model").write_bytes(b"\x00\x01nonsense"), ["tokenizer.model"]),
         (lambda b: (b / "config.json").unlink(), ["has no config.json"]),
         (lambda b: (b / "config.json").write_text("{"), ["config.json is not JSON"]),
@@ -188,6 +171,15 @@ def test_an_edited_artifact_is_refused_by_name(run: Path) -> None:
         assert "run/tokenizer is not what stage tokenizer wrote: tokenizer.model has" in message
 
 
+def test_tokens_are_verified_by_their_own_hashes_and_shown(run: Path) -> None:
+    assert altiplano(*until("data-text", run)).exit_code == 0
+    tokens = run.parent / "run" / "data-text"
+    assert altiplano("verify", tokens).exit_code == 0
+    shown = altiplano("data", "preview", run, "--records", 1)
+    assert shown.exit_code == 0, shown.output
+    assert "zh.txt" in shown.stdout and "chat.jsonl" in shown.stdout and "⟦" in shown.stdout
+
+
 def test_a_stage_without_its_inputs_says_what_to_run(run: Path) -> None:
     message = refusal("extend", run)
     assert "run/base does not exist" in message and "run the stage that makes it" in message
@@ -205,7 +197,7 @@ def test_a_full_disk_keeps_the_old_artifact(run: Path, monkeypatch: pytest.Monke
     artifact = run.parent / "run" / "data-text"
     before = open_artifact(artifact).manifest
     with monkeypatch.context() as patch:
-        patch.setattr("altiplano.data.store.StoreWriter.add", full)
+        patch.setattr("altiplano.data.tokens.store.StoreWriter.add", full)
         message = refusal(*until("data-text", run, "data.sequence_length=32"))
     assert "No space left on device" in message and "nothing finished was lost" in message
     assert open_artifact(artifact).manifest == before

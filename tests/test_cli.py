@@ -6,38 +6,60 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from altiplano.cli import app
+from altiplano.vocabulary.load import Vocabulary
+from tests.helpers.bytelevel import train_byte_base
+from tests.helpers.command import altiplano, refusal
 from tests.helpers.tiny_config import write_config
-from tests.helpers.tiny_vocabulary import chinese_lines, english_lines, train_tiny_base
+from tests.helpers.tiny_vocabulary import (
+    chinese_lines,
+    english_lines,
+    train_tiny_addition,
+    train_tiny_base,
+)
 
 REFERENCE = "e2676d4ca29ca1750f6ff203328d73b189321dc5776ceede037cbd36541d70c0"
 REFERENCE_WITH_PAD = "2d967e855b1213a439df6c8ce2791f869c84b4f3b6cfacf22b86440b8192a2f8"
-
-
-def altiplano(*arguments: object) -> Result:
-    """Run one command in this process."""
-    wide = {"COLUMNS": "200", "TERMINAL_WIDTH": "200", "NO_COLOR": "1"}
-    return CliRunner(env=wide).invoke(app, [str(word) for word in arguments])
-
-
-def refusal(*arguments: object) -> str:
-    """What a command that must fail says: one message, no traceback."""
-    result = altiplano(*arguments)
-    assert result.exit_code == 1, result.output
-    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1 and "Traceback" not in result.output, result.output
-    return result.stderr
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
         ("run", ["CONFIG", "--from", "--until", "--dry-run", "--address", "OVERRIDES"]),
-        ("tokenizer train", ["--input", "--vocab-size", "--output"]),
-        ("tokenizer merge", ["--base", "--add", "--scores", "--pad-piece", "--output"]),
-        ("tokenizer report", ["TOKENIZERS", "--text"]),
+        (
+            "tokenizer train",
+            [
+                "--input",
+                "--vocab-size",
+                "--output",
+                "--base",
+                "--text-key",
+                "--model-type",
+                "--character-coverage",
+                "--normalization",
+                "--no-split-digits",
+                "--max-piece-length",
+                "--words",
+                "--max-lines",
+                "--seed",
+            ],
+        ),
+        (
+            "tokenizer merge",
+            [
+                "--base",
+                "--add",
+                "--scores",
+                "--pad-piece",
+                "--output",
+                "--keep",
+                "--drop",
+                "--min-count",
+                "--text",
+                "--words",
+            ],
+        ),
+        ("tokenizer report", ["TOKENIZERS", "--text", "--bytes", "--json", "--plot"]),
         ("data prepare", ["CONFIG", "OVERRIDES"]),
         ("data preview", ["CONFIG", "OVERRIDES"]),
         *[
@@ -127,6 +149,59 @@ def test_tokenizers_are_trained_merged_and_compared(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_the_filters_of_a_merge_reach_it(tmp_path: Path) -> None:
+    zh, terms = tmp_path / "zh.txt", tmp_path / "terms.txt"
+    zh.write_text("\n\n".join(chinese_lines()), encoding="utf-8")
+    terms.write_text("河流小船\n", encoding="utf-8")
+    base, addition = train_tiny_base(tmp_path), train_tiny_addition(tmp_path)
+    merge = ("tokenizer", "merge", "--base", base, "--add", addition, "--text", zh)
+
+    every = altiplano(*merge, "--output", tmp_path / "every", "--words", terms)
+    frequent = altiplano(*merge, "--output", tmp_path / "frequent", "--min-count", 100)
+    assert every.exit_code == frequent.exit_code == 0, every.output + frequent.output
+    assert "words 1" in every.stdout and "pruned" not in every.stdout
+    assert "pruned" in frequent.stdout and "tokens per character" in frequent.stdout
+    whole, fewer = Vocabulary(tmp_path / "every"), Vocabulary(tmp_path / "frequent")
+    pieces = [whole.piece(id_) for id_ in whole.encode("有河流小船")]
+    assert "河流小船" in pieces
+    assert 320 < fewer.size < whole.size
+
+
+def test_reference_scores_say_how_far_the_forms_differ(tmp_path: Path) -> None:
+    zh = tmp_path / "zh.txt"
+    zh.write_text("\n\n".join(chinese_lines(20)), encoding="utf-8")
+    base, addition = train_tiny_base(tmp_path), train_tiny_addition(tmp_path)
+    merge = ("tokenizer", "merge", "--scores", "reference", "--base", base, "--add", addition)
+    assert "--text FILE counts" in altiplano(*merge, "--output", tmp_path / "a").stdout
+    told = altiplano(*merge, "--output", tmp_path / "b", "--text", zh)
+    assert "of 20 lines" in told.stdout, told.output
+
+
+def test_a_byte_level_base_is_extended_at_once(tmp_path: Path) -> None:
+    zh, en = tmp_path / "zh.jsonl", tmp_path / "en.txt"
+    lines = [json.dumps({"body": line}, ensure_ascii=False) for line in chinese_lines()]
+    zh.write_text("\n".join(lines), encoding="utf-8")
+    en.write_text("\n".join(english_lines()), encoding="utf-8")
+    base = train_byte_base(tmp_path / "base")
+    made = altiplano(
+        "tokenizer", "train", "--input", zh, "--text-key", "body", "--base", base,
+        "--vocab-size", 60, "--output", tmp_path / "grown",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert " new pieces = " in made.stdout and "tokens per character" in made.stdout
+    told = altiplano(
+        "tokenizer", "report", f"old={base}", f"new={tmp_path / 'grown'}", "--text", f"en={en}",
+        "--text", f"zh={zh}", "--text-key", "body", "--json", tmp_path / "report.json",
+        "--plot", tmp_path / "report.png",
+    )  # fmt: skip
+    assert told.exit_code == 0, told.output
+    assert "200 of 200" in told.stdout
+    coverage = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["coverage"]
+    assert coverage["en"]["new"]["lines_as_first"] == 200
+    assert coverage["zh"]["new"]["tokens"] < coverage["zh"]["old"]["tokens"] / 2
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_tokenizer_commands_refuse_what_they_cannot_use(tmp_path: Path) -> None:
     base, output = train_tiny_base(tmp_path), tmp_path / "out"
     zh = tmp_path / "zh.txt"
@@ -140,6 +215,14 @@ def test_tokenizer_commands_refuse_what_they_cannot_use(tmp_path: Path) -> None:
     assert "--scores" in refusal(*merge, base, "--add", base, "--scores", "equal")
     assert "none.model" in refusal(*merge, base, "--add", tmp_path / "none.model")
     assert "zh.txt" in refusal(*merge, base, "--add", zh)
+    assert "give --text" in refusal(*merge, base, "--add", base, "--min-count", 2)
+    assert "--keep" in refusal(*merge, base, "--add", base, "--keep", "latin")
+    assert "drop `keep`" in refusal(
+        *merge, base, "--add", base, "--scores", "reference", "--keep", "cjk"
+    )
+    assert "tokenizer merge" in refusal(*train, 60, "--input", zh, "--min-count", 2)
+    assert "no directory of a byte-level BPE" in refusal(*train, 60, "--input", zh, "--base", base)
+    assert "two are called base.model" in refusal("tokenizer", "report", base, base, "--text", zh)
     assert "latin.txt" in refusal("tokenizer", "report", base, "--text", _latin1(tmp_path))
     assert not output.exists() and not list(tmp_path.glob("*.partial"))
 
@@ -164,7 +247,7 @@ def test_the_reference_merge_is_reproduced(
         "--output", tmp_path / "merged",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert f"= {size} " in result.stdout and sha256 in result.stdout
+    assert f" = {size}\n" in result.stdout and sha256 in result.stdout
 
 
 def test_verify_recomputes_and_names_what_differs(tmp_path: Path) -> None:

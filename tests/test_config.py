@@ -38,7 +38,9 @@ def test_every_shipped_config_parses(file: Path) -> None:
 
 
 def test_there_are_shipped_configs() -> None:
-    assert {"demo.yaml", "real-zh.yaml", "llama2-zh.yaml"} <= {file.name for file in SHIPPED}
+    assert {"demo.yaml", "real-zh.yaml", "llama2-zh.yaml", "llama3-zh.yaml"} <= {
+        file.name for file in SHIPPED
+    }
 
 
 def test_a_llama2_recipe_takes_thirty_lines() -> None:
@@ -67,6 +69,23 @@ def test_all_errors_are_reported_at_once_with_their_lines(tmp_path: Path) -> Non
         (GOOD.replace("path: base", "{}").replace("{{}}", "{}"), "base_model"),
         (GOOD.replace("language: zh", "language: fr"), "have no text"),
         (GOOD.replace("- {name: rows}", "- {name: a}\n    - {name: a}"), "names must differ"),
+        (
+            GOOD.replace("pretrain:", "    - {path: zh.txt, language: en}\npretrain:"),
+            "called zh.txt",
+        ),
+        (
+            GOOD.replace(
+                "language: zh}",
+                "language: zh}\n  replay: {share: 0.1, text: [{path: zh.txt, language: en}]}",
+            ),
+            "give them different `name`s",
+        ),
+        (
+            GOOD.replace("pretrain:", "    - {path: b, language: zh, weight: 2}\npretrain:"),
+            "`weight` is given to 1 of 2 sources",
+        ),
+        (GOOD.replace("100}", "100, scores: reference, keep: cjk}"), "byte for byte: drop `keep`"),
+        (GOOD.replace("{vocab_size: 100}", "{}"), "give `vocab_size`"),
         ("- a\n", "mapping of sections"),
         ("a: [\n", "not valid YAML"),
     ],

@@ -1,19 +1,22 @@
-"""Reading corpora and records: every form, and every kind of bad input by its place."""
+"""Corpora as documents: every form, every kind of bad input by its place, and the split."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from altiplano.config.schema import InstructionSource, TextSource
-from altiplano.data import sources
-from altiplano.data.sources import (
-    Problems,
+from altiplano.config.data import CleanSection, InstructionSource, TextSource
+from altiplano.data.reading import jsonfiles, sources
+from altiplano.data.reading.files import Chunk, Problems
+from altiplano.data.reading.sources import (
+    Document,
     is_held_out,
-    read_records,
-    read_text,
+    plan_source,
+    plan_text,
+    read_documents,
     training_texts,
 )
 from altiplano.errors import DataError
@@ -23,9 +26,25 @@ def same(path: str) -> str:
     return path
 
 
-def texts(path: Path | str, **settings: object) -> list[str]:
+def documents(
+    path: Path | str, problems: Problems | None = None, **settings: Any
+) -> list[Document]:
     source = TextSource(path=str(path), language="zh", **settings)
-    return [document.text for document in read_text(source, same)]
+    collected = problems or Problems("fail")
+    return [
+        document
+        for chunk in plan_text(source, same)
+        for document in read_documents(source, chunk, collected)
+    ]
+
+
+def texts(path: Path | str, problems: Problems | None = None, **settings: Any) -> list[str]:
+    return [document.text for document in documents(path, problems, **settings)]
+
+
+def trained(*paths: Path | str, **settings: Any) -> list[str]:
+    found = [TextSource(path=str(path), language="zh", format="lines") for path in paths]
+    return list(training_texts(found, same, **settings))
 
 
 def written(path: Path, content: str | bytes) -> Path:
@@ -53,21 +72,61 @@ def test_plain_text(
 
 
 def test_json_lines_and_json(tmp_path: Path) -> None:
-    rows = written(tmp_path / "a.jsonl", '\ufeff{"text": "一"}\r\n\n{"text": "二"}')
+    rows = written(tmp_path / "a.jsonl", '\ufeff{"text": "一"}\r\n\n{"text": " 二\\n"}')
     assert texts(rows) == ["一", "二"]
     listed = written(tmp_path / "a.json", '[{"body": {"text": "一"}}, {"body": {"text": "二"}}]')
     assert texts(listed, text_key="body.text") == ["一", "二"]
-    squad = {"data": [{"paragraphs": [{"context": "甲"}, {"context": "乙"}]}, {"paragraphs": []}]}
-    nested = written(tmp_path / "b.json", json.dumps(squad))
-    assert texts(nested, text_key="data.paragraphs.context") == ["甲", "乙"]
 
 
-def test_globs_urls_and_limits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole_bytes", [4, 1 << 20])
+def test_lists_on_the_way_to_a_text_are_walked(
+    whole_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonfiles, "WHOLE_BYTES", whole_bytes)
+    contexts = [{"context": "甲"}, {"context": " "}, {"context": ["乙", "丙"]}]
+    squad = {"version": 1, "data": [{"paragraphs": contexts}, {"paragraphs": []}]}
+    path = written(tmp_path / "b.json", json.dumps(squad))
+    assert texts(path, text_key="data.paragraphs.context") == ["甲", "乙", "丙"]
+    single = written(tmp_path / "c.json", json.dumps({"data": {"text": "丁"}}))
+    assert texts(single, text_key="data.text") == ["丁"]
+
+
+def test_columns_of_tables(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"body": [{"text": ["一", "二"]}, {"text": []}], "n": [1, 2]})
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    rows.save_to_disk(str(tmp_path / "set"))
+    assert texts(tmp_path / "a.parquet", text_key="body.text") == ["一", "二"]
+    assert texts(tmp_path / "set", format="dataset", text_key="body.text") == ["一", "二"]
+    with pytest.raises(DataError, match="has no column `text`; it has body, n"):
+        texts(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet record 1: no text at `body` .it has keys"):
+        texts(tmp_path / "a.parquet", text_key="body")
+
+
+def test_a_dataset_that_is_no_folder_is_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def plan(path: str, form: str, **settings: Any) -> list[Chunk]:
+        asked.append((path, settings))
+        return []
+
+    monkeypatch.setattr(sources, "plan_chunks", plan)
+    source = InstructionSource(
+        path="some/set", language="zh", format="dataset", subset="zh", split="test"
+    )
+    plan_source(source, lambda path: f"/project/{path}", otherwise="json", chunk_bytes=9)
+    about = {"otherwise": "json", "chunk_bytes": 9, "subset": "zh", "split": "test"}
+    assert asked == [("some/set", about)]
+
+
+def test_globs_and_urls(tmp_path: Path) -> None:
     written(tmp_path / "b.txt", "二")
     written(tmp_path / "a.txt", "一\n\n三")
     assert texts(tmp_path / "*.txt") == ["一", "三", "二"]
     assert texts((tmp_path / "a.txt").as_uri()) == ["一", "三"]
-    assert texts(tmp_path / "*.txt", max_documents=2) == ["一", "三"]
+    assert documents(tmp_path / "b.txt") == [("二", "zh", f"{tmp_path}/b.txt at byte 0")]
 
 
 @pytest.mark.parametrize(
@@ -76,36 +135,39 @@ def test_globs_urls_and_limits(tmp_path: Path) -> None:
         ("a.txt", b"good\n\xff\xfe\n", "txt: byte 5 is not UTF-8 .0xff", "invalid_utf8"),
         ("a.jsonl", '{"text": "一"}\n{"text": \n', "jsonl:2: not JSON", "invalid_json"),
         ("a.jsonl", b'{"text": "a"}\n{"\xff"}', "jsonl:2: byte 2 is not UTF-8", "invalid_utf8"),
-        ("a.jsonl", '{"text": "一"}\n{"b": 1}', "jsonl:2 has no text at `text` .*b", "no_text"),
-        ("a.jsonl", '{"text": "一"}\n[1]', "jsonl:2 has no text at `text` .*list", "no_text"),
+        ("a.jsonl", '{"text": "一"}\n{"b": 1}', "jsonl:2: no text at `text` .*b", "no_text"),
+        ("a.jsonl", '{"text": "一"}\n[1]', "jsonl:2: no text at `text` .*list", "no_text"),
+        ("a.jsonl", '{"text": "一"}\n{"text": null}', "jsonl:2: no text at `text`", "no_text"),
         ("a.jsonl", '{"text": "一"}\n{"text": "\\ud83d"}', "jsonl:2: a lone", "invalid_unicode"),
-        ("a.json", '[{"text": "一"}, {"b": ""}]', "json record 2 has no text", "no_text"),
+        ("a.jsonl", '{"text": "一"}\n{"b": "\\ud83d"}', "jsonl:2: no text", "no_text"),
+        ("a.json", '[{"text": "一"}, {"b": ""}]', "json record 2: no text", "no_text"),
     ],
 )
-def test_bad_documents_stop_or_are_counted(
+def test_bad_documents_stop_or_are_recorded(
     name: str, content: str | bytes, message: str, reason: str, tmp_path: Path
 ) -> None:
     path = written(tmp_path / name, content)
+    form = "lines" if name == "a.txt" else "auto"
     with pytest.raises(DataError, match=message):
-        texts(path, format="auto" if name != "a.txt" else "lines")
+        texts(path, format=form)
     problems = Problems("skip")
-    source = TextSource(
-        path=str(path), language="zh", format="auto" if name != "a.txt" else "lines"
-    )
-    assert len(list(read_text(source, same, problems=problems))) == 1
-    assert dict(problems.skipped) == {reason: 1}
+    assert len(texts(path, problems, format=form)) == 1
+    assert problems.counts == {reason: 1}
+    (dropped,) = problems.dropped
+    json.dumps(dropped.text, ensure_ascii=False).encode("utf-8")
 
 
-def test_json_lines_named_json_get_a_hint(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.json", '{"text": "一"}\n{"text": "二"}')
-    with pytest.raises(DataError, match=r"a\.json:2: not JSON.*name it \.jsonl"):
-        texts(path)
-
-
-@pytest.mark.parametrize("content", ["", "\n \r\n", "\ufeff"])
+@pytest.mark.parametrize("content", ["", "\n \r\n", "\ufeff", "[]"])
 def test_empty_corpus_is_refused(content: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no usable text"):
-        texts(written(tmp_path / "a.txt", content))
+    path = written(tmp_path / ("a.json" if content == "[]" else "a.txt"), content)
+    with pytest.raises(DataError, match="a.* holds no usable text .0 documents skipped"):
+        list(training_texts([TextSource(path=str(path), language="zh")], same))
+
+
+def test_a_corpus_of_which_nothing_can_be_read_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.txt", b"\xff\n\xff")
+    with pytest.raises(DataError, match="no usable text .2 documents skipped"):
+        trained(path, on_error="skip")
 
 
 def test_missing_corpus_is_refused(tmp_path: Path) -> None:
@@ -115,31 +177,12 @@ def test_missing_corpus_is_refused(tmp_path: Path) -> None:
         texts(tmp_path)
 
 
-@given(
-    lines=st.lists(st.text("ab文字🙂 \n", max_size=30), min_size=1, max_size=6),
-    limit=st.integers(8, 20),
-)
-def test_endless_lines_come_in_pieces_of_whole_characters(
-    lines: list[str], limit: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    content = "\n".join(lines) + "end"
-    path = written(tmp_path_factory.mktemp("long") / "a.txt", content)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PIECE_BYTES", limit)
-        pieces = texts(path, format="lines")
-    assert "".join("".join(pieces).split()) == "".join(content.split())
-    assert all(len(piece.encode()) < 2 * limit for piece in pieces)
+def test_endless_json_texts_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PIECE_BYTES", 4)
+    assert texts(written(tmp_path / "a.jsonl", '{"text": "一二三四五六"}')) == ["一二三四", "五六"]
 
 
-def test_giant_line_is_read(tmp_path: Path) -> None:
-    """One line of many pieces: nothing lost, and no piece above the limit."""
-    path = tmp_path / "a.txt"
-    with path.open("wb") as file:
-        for _ in range(20):
-            file.write("山".encode() * 400_000)
-    pieces = texts(path)
-    assert sum(map(len, pieces)) == 8_000_000
-    assert len(pieces) > 4
+# The split.
 
 
 @given(text=st.text(), share=st.floats(0, 0.5))
@@ -151,9 +194,10 @@ def test_split_follows_content_only(text: str, share: float) -> None:
         assert is_held_out(text, min(1.0, share * 2)), "a larger share keeps what a smaller held"
 
 
-def test_split_is_about_the_share_asked_for() -> None:
-    held = sum(is_held_out(f"document {number}", 0.1) for number in range(5000))
-    assert 400 < held < 600
+def test_split_is_about_the_share_asked_for_and_never_changes() -> None:
+    held = [number for number in range(5000) if is_held_out(f"document {number}", 0.1)]
+    assert 400 < len(held) < 600
+    assert held[:4] == [21, 22, 51, 55]
 
 
 def test_training_texts_leave_out_languages_and_the_held_out(tmp_path: Path) -> None:
@@ -169,81 +213,26 @@ def test_training_texts_leave_out_languages_and_the_held_out(tmp_path: Path) -> 
     assert list(training_texts([en, zh], same)) == ["word", *texts(zh.path, format="lines")]
 
 
-def records(path: Path, **settings: object) -> list[list[dict[str, str]]]:
-    source = InstructionSource(path=str(path), language="zh", **settings)
-    return [record.messages for record in read_records(source, same)]
+def test_training_texts_are_cleaned_before_they_are_split(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.txt", "\n".join(f"第{n}句\u200b" for n in range(50)) + "\n短")
+    clean = CleanSection(min_characters=2)
+    found = trained(path, held_out=0.2, clean=clean)
+    assert found == [t for t in (f"第{n}句" for n in range(50)) if not is_held_out(t, 0.2)]
 
 
-TURNS = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"instruction": "问", "output": "答"},
-        {"instruction": "问", "input": None, "output": "答", "language": "zh"},
-        {"instruction": "", "input": "问", "output": "答"},
-        {"messages": TURNS},
-        {"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]},
-    ],
-)
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_record_forms(record: dict[str, object], name: str, tmp_path: Path) -> None:
-    content = json.dumps([record] if name == "a.json" else record)
-    assert records(written(tmp_path / name, content)) == [TURNS]
-
-
-def test_input_follows_the_instruction_and_turns_keep_their_order(tmp_path: Path) -> None:
-    system = {"role": "system", "content": "简短"}
-    rows = [
-        {"instruction": "译", "input": "hello", "output": "你好"},
-        {"messages": [system, *TURNS, *TURNS]},
+def test_the_cap_counts_what_is_read_and_is_each_sources_own(tmp_path: Path) -> None:
+    a, b = (written(tmp_path / name, "短\n第一句\n第二句") for name in ("a.txt", "b.txt"))
+    capped = [
+        TextSource(path=str(path), language="zh", format="lines", max_documents=2)
+        for path in (a, b)
     ]
-    first, second = records(written(tmp_path / "a.json", json.dumps(rows)))
-    assert first[0]["content"] == "译\nhello"
-    assert second == [system, *TURNS, *TURNS]
-    assert len(records(tmp_path / "a.json", max_records=1)) == 1
+    found = training_texts(capped, same, clean=CleanSection(min_characters=2))
+    assert list(found) == ["第一句"] * 2
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"instruction": "问"},
-        {"instruction": "问", "output": " "},
-        {"instruction": "问", "output": 3},
-        {"output": "答"},
-        {"messages": TURNS[:1]},
-        {"messages": [TURNS[1], TURNS[0]]},
-        {"messages": [*TURNS, {"role": "user", "content": "还"}]},
-        {"messages": [TURNS[0], {"role": "assistant", "content": ""}]},
-        {"messages": [TURNS[0], {"role": "tool", "content": "答"}]},
-        {"messages": [TURNS[0], {"role": "assistant"}]},
-        {"messages": []},
-        {"messages": "问"},
-        "问",
-    ],
-)
-def test_records_without_an_answer(bad: object, tmp_path: Path) -> None:
-    rows = [{"instruction": "问", "output": "答"}, bad]
-    path = written(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows))
-    with pytest.raises(DataError, match=r"a\.jsonl:2: an instruction record without an answer"):
-        records(path)
-    problems = Problems("skip")
-    source = InstructionSource(path=str(path), language="zh")
-    assert len(list(read_records(source, same, problems=problems))) == 1
-    assert dict(problems.skipped) == {"no_answer": 1}
-
-
-def test_files_without_records_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no usable instruction record"):
-        records(written(tmp_path / "a.json", "[]"))
-
-
-def test_shared_records_and_paragraphs_are_read(shared: Path) -> None:
+def test_shared_paragraphs_are_read(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     squad = shared / "text" / "cmrc2018_dev_squad.json"
-    assert len(texts(squad, text_key="data.paragraphs.context")) == 848
-    source = InstructionSource(path=str(shared / "instruct" / "alpaca_zh_demo.json"), language="zh")
-    problems = Problems("skip")
-    kept = len(list(read_records(source, same, problems=problems)))
-    assert kept + problems.skipped["no_answer"] == 1000
-    assert kept > 990
+    whole = texts(squad, text_key="data.paragraphs.context")
+    assert len(whole) == 848
+    monkeypatch.setattr(jsonfiles, "WHOLE_BYTES", 1 << 10)
+    assert texts(squad, text_key="data.paragraphs.context") == whole, "streamed"

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from altiplano.console import console
-from altiplano.data.chat import encode_spans, jinja_template, render
+from altiplano.data.chat.encode import encode_spans, make_template
 from altiplano.errors import ArtifactError, DataError, MismatchError
 from altiplano.evaluate.acceptance import count_accepted, draft_acceptance
 from altiplano.evaluate.bits import bits_per_byte, split_windows, take_bytes
@@ -188,11 +188,12 @@ def test_questions_are_asked_with_the_ids_of_training(
 ) -> None:
     questions = [Question("the river?", "boat", "en"), Question("snow", "market", "en")]
     texts = [question.instruction for question in questions]
-    jinja = jinja_template(template, "runs to market")
+    made = make_template(template, "runs to market", vocabulary)
+    jinja = made.jinja
     tokenizer, prompts = encode_chats(tokenizer_dir, jinja, texts)
     for text, prompt in zip(texts, prompts, strict=True):
-        spans = render([{"role": "user", "content": text}], template, "runs to market")
-        assert prompt == encode_spans(spans, vocabulary).ids.tolist()
+        spans = made.spans([{"role": "user", "content": text}])
+        assert prompt == encode_spans(spans, made.control_ids, vocabulary).ids.tolist()
     answers = ask(sharp_llama, tokenizer_dir, jinja, questions, 6)
     assert [answer.question for answer in answers] == questions
     for prompt, answer in zip(prompts, answers, strict=True):

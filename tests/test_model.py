@@ -1,4 +1,4 @@
-"""The model room: new rows, split rows, the chunked loss, adapters folded and kept live."""
+"""The model room: split rows, the chunked loss, adapters folded and kept live."""
 
 from pathlib import Path
 
@@ -10,11 +10,9 @@ from torch.nn import functional as F
 from altiplano.config.training import LoraSettings, TrainSettings
 from altiplano.errors import ModelError, TrainingError
 from altiplano.model.adapt import Trainee, check_trained, load_chain_live, make_trainee
-from altiplano.model.extend import extend_checkpoint, new_rows
 from altiplano.model.fold import AdapterStack, fold_into
 from altiplano.model.load import (
     EMBEDDING,
-    HEAD,
     check_llama,
     import_model,
     load_model,
@@ -41,45 +39,6 @@ def shake(trainee: Trainee, seed: int = 0) -> None:
     with torch.no_grad():
         for parameter in trainee.trainable().values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_extension_keeps_old_rows_and_means_subpieces(tmp_path: Path, tied: bool) -> None:
-    base = write_model(tmp_path / "base", tied=tied, vocab=VOCAB_OLD)
-    (tmp_path / "new").mkdir()
-    extend_checkpoint(
-        base, tmp_path / "new", [[1, 2], [7], []], vocab_old=VOCAB_OLD, init="subpiece_mean",
-        special_ids={"eos_token_id": 2, "pad_token_id": None}, seed=0,
-    )  # fmt: skip
-    old = load_file(base / "model.safetensors")
-    new = load_file(tmp_path / "new" / "model.safetensors")
-    assert (HEAD in new) is not tied
-    for name in [EMBEDDING] if tied else [EMBEDDING, HEAD]:
-        assert torch.equal(new[name][:VOCAB_OLD], old[name])
-        torch.testing.assert_close(new[name][VOCAB_OLD], old[name][[1, 2]].mean(0))
-        assert torch.equal(new[name][VOCAB_OLD + 1], old[name][7])
-        torch.testing.assert_close(new[name][VOCAB_OLD + 2], old[name].mean(0))
-    before, after = load_model(base), load_model(tmp_path / "new")
-    ids = IDS % VOCAB_OLD
-    assert torch.equal(before(ids).logits, after(ids).logits[..., :VOCAB_OLD])
-    assert after.config.eos_token_id == 2
-
-
-def test_gaussian_rows_have_the_old_rows_mean_and_covariance() -> None:
-    generator = torch.Generator().manual_seed(1)
-    mix = torch.randn(6, 6, generator=generator)
-    old = torch.randn(500, 6, generator=generator) @ mix + 3.0
-    rows = new_rows(old, [[]] * 20000, "gaussian", std=0.02, seed=5)
-    torch.testing.assert_close(rows.mean(0), old.mean(0), atol=0.1, rtol=0)
-    torch.testing.assert_close(rows.T.cov(), old.T.cov(), atol=0.6, rtol=0.05)
-    assert torch.equal(rows, new_rows(old, [[]] * 20000, "gaussian", std=0.02, seed=5))
-    assert not torch.equal(rows[:9], new_rows(old, [[]] * 9, "gaussian", std=0.02, seed=6))
-
-
-def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    base = write_model(tmp_path / "base", vocab=VOCAB_OLD)
-    with pytest.raises(ModelError, match="has 60 embedding rows but its tokenizer 61 pieces"):
-        extend_checkpoint(base, tmp_path, [[1]], vocab_old=61, init="mean", special_ids={}, seed=0)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
@@ -255,6 +214,8 @@ def test_directories_that_cannot_be_taught_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ModelError, match=r"no tokenizer\.model"):
         check_llama(tmp_path)
+    (tmp_path / "tokenizer.json").touch()
+    check_llama(tmp_path)
     index = '{"weight_map": {"a": "model-2.safetensors"}}'
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ModelError, match=r"lacks model-2\.safetensors"):

@@ -54,8 +54,9 @@ def artifact(project: Project, name: str) -> Artifact:
 def test_every_artifact_is_whole_and_verified(finished: Project) -> None:
     commands.verify([finished.output / name for name in STAGES])
     left = {path.name for path in finished.output.iterdir()} - set(STAGES)
-    assert left <= {".lock", ".training"}
-    assert not list((finished.output / ".training").iterdir())
+    assert left <= {".lock", ".training", ".preparing"}
+    for folder in (".training", ".preparing"):
+        assert not list((finished.output / folder).iterdir())
 
 
 def test_one_tokenizer_from_the_first_new_row_to_the_draft(finished: Project) -> None:

@@ -197,6 +197,22 @@ def test_a_plan_for_a_base_on_disk_reads_only_its_config(tmp_path: Path) -> None
     assert total(pretrain.parameters) == 6_929_256_448 + 19_988_480 // 2
 
 
+def test_padding_rows_are_counted_where_they_are(tmp_path: Path) -> None:
+    plain, padded = (
+        {stage.name: stage for stage in make_plan(load(tmp_path, extend=section)).stages}
+        for section in ({}, {"pad_to_multiple": 64})
+    )
+    rows = 768 - 713
+    stage, before = padded["pretrain-rows"], plain["pretrain-rows"]
+    assert total(stage.parameters) - total(before.parameters) == 2 * rows * 64
+    assert stage.trainable == before.trainable
+    assert padded["base"] == plain["base"]
+    assert padded["draft"] == plain["draft"]
+    everything = TrainSettings(rows="all")
+    found = trainable_parameters(LLAMA_7B, 32000, 49953, everything, rows_padding=31)
+    assert found["embedding"] == 49984 * 4096
+
+
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     away = make_plan(load(tmp_path, base_model={"path": "somebody/llama-2-7b"}))
     assert away.stages == []
@@ -204,6 +220,8 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     lacking = make_plan(load(tmp_path, tokenizer={"add": ["zh.model"]}))
     assert lacking.vocab_new_at_most is None
     assert any("zh.model is not on disk" in note for note in lacking.notes)
+    wordy = make_plan(load(tmp_path, tokenizer={"vocab_size": 200, "words": "terms.txt"}))
+    assert any("terms.txt: domain words" in note for note in wordy.notes)
     terminal = Console(width=160)
     with terminal.capture() as captured:
         terminal.print(plan_table(away))

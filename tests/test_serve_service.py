@@ -81,6 +81,30 @@ def test_greedy_completions_are_those_of_transformers(client: "OpenAI", run: Pat
     assert answer.text.strip() == vocabulary.decode(new_ids).strip()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a  b   c",
+        " leading",
+        "line\n\nline\n",
+        "\ttab",
+        "雪山上的小船",
+        "龘𠮷 Ａ１",
+        "👩‍👩‍👧 é e\u0301",
+        "▁ ▁",
+    ],
+)
+def test_the_engine_reads_the_ids_that_training_saw(client: "OpenAI", run: Path, text: str) -> None:
+    from altiplano.vocabulary.load import Vocabulary
+
+    vocabulary = Vocabulary(run / "merge")
+    answer = client.completions.create(
+        model="tiny", prompt=text, max_tokens=1, extra_body={"return_token_ids": True}
+    ).choices[0]  # fmt: skip
+    expected = [vocabulary.bos_id, *vocabulary.encode(text)]
+    assert answer.model_dump()["prompt_token_ids"] == expected
+
+
 def test_a_streamed_chat_says_what_a_plain_one_says(client: "OpenAI") -> None:
     plain = client.chat.completions.create(
         model="tiny", messages=ASKED, max_tokens=30, temperature=0

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from altiplano.config.training import LoraSettings, TrainSettings
-from altiplano.data.pack import Block
-from altiplano.data.store import StoreWriter, TokenStore
+from altiplano.data.tokens.pack import FIRST, TOKEN, Blocks
+from altiplano.data.tokens.store import StoreWriter, TokenStore
 from altiplano.errors import TrainingError
 from altiplano.model.adapt import Trainee, make_trainee
 from altiplano.model.load import load_model
@@ -209,9 +209,12 @@ def test_seeds_are_separate_streams() -> None:
 def test_a_useless_run_stops_with_the_reason(folder: Path) -> None:
     with pytest.raises(TrainingError, match="the loss is"):
         run(folder, settings(full=True, rows="none", lora=None, learning_rate=1e30))
-    with StoreWriter(folder / "none", sequence_length=LENGTH, vocab_size=9, pad_id=0) as writer:
-        zeros = np.zeros(LENGTH, np.int64)
-        writer.add(Block(zeros, zeros + 1, zeros))
+    with StoreWriter(
+        folder / "none", sequence_length=LENGTH, vocab_size=9, pad_id=0, tokenizer_fingerprint="x"
+    ) as writer:
+        flags = np.full((1, LENGTH), TOKEN, np.uint8)
+        flags[0, 0] |= FIRST
+        writer.add(Blocks(np.zeros((1, LENGTH), np.int32), flags))
     (folder / "s").rename(folder / "old")
     (folder / "none").rename(folder / "s")
     with pytest.raises(TrainingError, match="no training target"):

@@ -16,7 +16,7 @@ from altiplano.artifact import open_artifact
 from altiplano.config import load_config
 from altiplano.config.schema import ClusterSection
 from altiplano.config.training import LoraSettings, TrainSettings
-from altiplano.data.store import TokenStore
+from altiplano.data.tokens.store import TokenStore
 from altiplano.errors import TrainingError
 from altiplano.model.adapt import Trainee, make_trainee
 from altiplano.model.load import load_model

@@ -14,8 +14,8 @@ from altiplano.vocabulary.convert import FORM_KEY, save_tokenizer
 from altiplano.vocabulary.load import Vocabulary, tokenizer_fingerprint
 from altiplano.vocabulary.merge import merge_sentencepiece
 from altiplano.vocabulary.proto import read_model
-from altiplano.vocabulary.report import report, report_table
 from altiplano.vocabulary.train import train_sentencepiece
+from tests.helpers.bytelevel import TEMPLATE, train_byte_base
 from tests.helpers.tiny_vocabulary import (
     chinese_lines,
     english_lines,
@@ -47,7 +47,9 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tied")
     base, addition = train_tiny_base(directory), train_tiny_addition(directory)
-    result = merge_sentencepiece(base, [addition], scores="reference", pad_piece="[PAD]")
+    result = merge_sentencepiece(
+        base, [addition], scores="reference", pad_piece="[PAD]", keep="all"
+    )
     save_tokenizer(result.proto, directory / "tokenizer", pad_piece="[PAD]")
     return directory / "tokenizer"
 
@@ -215,6 +217,79 @@ def test_fingerprint_of_a_directory_with_tokenizer_json_only(merged: Path, tmp_p
     assert len(set(prints)) == 2
 
 
+def _changed(base: Path, directory: Path, changes: dict[str, object]) -> str:
+    directory.mkdir()
+    for file in base.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    data = json.loads((base / "tokenizer.json").read_text())
+    (directory / "tokenizer.json").write_text(json.dumps(data | changes))
+    return tokenizer_fingerprint(directory)
+
+
+def test_fingerprint_of_a_bytelevel_tokenizer_covers_how_text_is_cut(tmp_path: Path) -> None:
+    base = train_byte_base(tmp_path / "base", "qwen")
+    data = json.loads((base / "tokenizer.json").read_text())
+    digits = json.loads(json.dumps(data["pre_tokenizer"]).replace("p{N}", "p{N}{1,2}"))
+    added = json.loads(json.dumps(data["added_tokens"]))
+    added[-1]["single_word"] = True
+    changes: list[dict[str, object]] = [
+        {},
+        {"normalizer": None},
+        {"pre_tokenizer": digits},
+        {"added_tokens": added},
+        {"model": data["model"] | {"ignore_merges": True}},
+        {"model": data["model"] | {"merges": data["model"]["merges"][::-1]}},
+    ]
+    prints = [_changed(base, tmp_path / str(i), change) for i, change in enumerate(changes)]
+    assert prints[0] == tokenizer_fingerprint(base)
+    assert len(set(prints)) == len(changes)
+
+
+def test_a_bytelevel_vocabulary(tmp_path: Path) -> None:
+    base = train_byte_base(tmp_path / "base", "qwen")
+    vocabulary = Vocabulary(base)
+    assert (vocabulary.family, vocabulary.form) == ("bytelevel", "fast")
+    assert (vocabulary.bos_id, vocabulary.unk_id) == (-1, -1)
+    assert vocabulary.piece(vocabulary.eos_id) == "<|im_end|>"
+    assert vocabulary.chat_template == TEMPLATE
+    assert vocabulary.control_pieces == ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    assert vocabulary.words == {"<tool_call>"}
+    text = "a<|im_end|><tool_call>b\n"
+    ids = vocabulary.encode(text)
+    assert vocabulary.eos_id not in ids
+    assert [vocabulary.piece(id_) for id_ in ids].count("<tool_call>") == 1
+    assert vocabulary.decode([*ids, vocabulary.eos_id]) == text
+    flat, lengths = vocabulary.encode_flat([text, "", "the river"])
+    assert flat.dtype == "int32"
+    assert lengths.tolist() == [len(ids), 0, len(vocabulary.encode("the river"))]
+    assert flat.tolist() == [*ids, *vocabulary.encode("the river")]
+
+
+def test_padding_and_truncation_of_a_file_are_not_for_training(tmp_path: Path) -> None:
+    base = train_byte_base(tmp_path / "base")
+    fast = Tokenizer.from_file(str(base / "tokenizer.json"))
+    ids = fast.encode("the river runs", add_special_tokens=False).ids
+    fast.enable_padding(length=50)
+    fast.enable_truncation(len(ids) - 1)
+    fast.save(str(base / "tokenizer.json"))
+    assert Vocabulary(base).encode("the river runs") == ids
+
+
+def test_chat_templates_of_either_place(merged: Path, tmp_path: Path) -> None:
+    assert Vocabulary(merged).chat_template == "{{ 'hi' }}"
+    assert Vocabulary(merged / "tokenizer.model").chat_template is None
+    base = train_byte_base(tmp_path / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["chat_template"] = [
+        {"name": "tool_use", "template": "tools"},
+        {"name": "default", "template": "plain"},
+    ]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Vocabulary(base).chat_template == "plain"
+    (base / "chat_template.jinja").write_text("of the file")
+    assert Vocabulary(base).chat_template == "of the file"
+
+
 def test_a_missing_tokenizer_names_the_place_and_the_files(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"nowhere.*does not exist.*tokenizer\.json"):
         Vocabulary(tmp_path / "nowhere")
@@ -243,18 +318,3 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="user-defined"):
         save_tokenizer(proto.SerializeToString(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_report_counts_what_it_says(merged: Path, tmp_path: Path) -> None:
-    base = Vocabulary(train_tiny_base(tmp_path))
-    measured = report({"base": base, "merged": Vocabulary(merged)}, {"zh": "河流\n\n小船"})
-    row = measured["base"]["texts"]["zh"]
-    # Four characters of three bytes, all spelled in bytes, and a "▁" before each of two lines.
-    assert (row["characters"], row["bytes"], row["tokens"]) == (4, 12, 14)
-    assert row["tokens_per_character"] == pytest.approx(3.5)
-    assert row["byte_fallback_share"] == 1.0
-    assert measured["merged"]["texts"]["zh"]["byte_fallback_share"] == 0.0
-    assert measured["merged"]["overlap_with_first"] == base.size
-    assert report_table(measured).row_count == 2
-    with pytest.raises(DataError, match="zh is empty"):
-        report({"base": base}, {"zh": "\n"})

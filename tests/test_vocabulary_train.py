@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece as spm
@@ -9,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from altiplano.errors import DataError, TrainingError
-from altiplano.vocabulary.proto import BYTE, read_model
-from altiplano.vocabulary.train import train_sentencepiece
+from altiplano.vocabulary.proto import BYTE, NORMAL, USER_DEFINED, read_model
+from altiplano.vocabulary.train import read_words, train_sentencepiece
 from tests.helpers.tiny_vocabulary import chinese_lines, english_lines
 
 
@@ -53,7 +54,8 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path, model_type: str) ->
             vocab_size=40,
             output=output,
             model_type=model_type,  # type: ignore[arg-type]
-            max_sentences=100,
+            words=["量子纠缠", "GPU"],
+            max_lines=100,
             seed=3,
         )
     assert first.read_bytes() == second.read_bytes()
@@ -65,7 +67,7 @@ def test_another_seed_draws_another_sample(tmp_path: Path) -> None:
     lines = [chr(0x4E00 + index) * 3 for index in range(300)]
     for seed in (1, 2):
         output = tmp_path / f"{seed}.model"
-        train_sentencepiece(lines, vocab_size=30, output=output, max_sentences=15, seed=seed)
+        train_sentencepiece(lines, vocab_size=30, output=output, max_lines=15, seed=seed)
         models.append(output.read_bytes())
     assert models[0] != models[1]
 
@@ -138,3 +140,79 @@ def test_a_unigram_base_is_refused(tmp_path: Path) -> None:
             purpose="base",
             model_type="unigram",
         )
+
+
+def test_words_are_user_defined_pieces_within_the_size(tmp_path: Path) -> None:
+    output = tmp_path / "x.model"
+    words = ["量子纠缠", "a,b", "河流", "河流"]
+    train_sentencepiece(chinese_lines(), vocab_size=60, output=output, words=words)
+    pieces = read_model(output).pieces
+    assert len(pieces) == 60
+    assert [p.piece for p in pieces if p.type == USER_DEFINED] == ["量子纠缠", "a,b", "河流"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"words": ["GPU"]}, "takes no words .*'GPU' first"),
+        ({"normalization": "nfkc"}, "must use the normalisation 'identity', not 'nfkc'"),
+    ],
+)
+def test_a_base_keeps_to_its_conventions(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    output = tmp_path / "x.model"
+    with pytest.raises(TrainingError, match=message):
+        train_sentencepiece(
+            english_lines(), vocab_size=320, output=output, purpose="base", **options
+        )
+
+
+def test_pieces_are_as_long_as_asked(tmp_path: Path) -> None:
+    output = tmp_path / "x.model"
+    train_sentencepiece(["市场里下雪" * 5] * 9, vocab_size=12, output=output, max_piece_length=2)
+    lengths = {len(p.piece) for p in read_model(output).pieces if p.type == NORMAL}
+    assert lengths == {1, 2}
+
+
+def test_normalisation_and_whole_numbers_reach_the_pieces(tmp_path: Path) -> None:
+    lines = ["Ａ股１９８４年在市场里"] * 20
+    pieces: dict[str, set[str]] = {}
+    for name, options in {
+        "identity": {"normalization": "identity"},
+        "nfkc": {"normalization": "nfkc"},
+        "numbers": {"normalization": "nfkc", "split_digits": False},
+    }.items():
+        output = tmp_path / f"{name}.model"
+        train_sentencepiece(lines, vocab_size=22, output=output, **options)  # type: ignore[arg-type]
+        pieces[name] = {p.piece for p in read_model(output).pieces}
+    assert "Ａ" in pieces["identity"]
+    assert "A" in pieces["nfkc"]
+    assert not any("19" in piece for piece in pieces["nfkc"])
+    assert any("19" in piece for piece in pieces["numbers"])
+
+
+def test_words_are_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_bytes("\ufeff量子纠缠\r\n\r\n GPU \n量子纠缠\nA股".encode())
+    assert read_words(path) == ["量子纠缠", "GPU", "A股"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"cannot read the words .*: No such file"),
+        (b"\n \n", "hold no word"),
+        ("量子".encode("gbk"), r"not UTF-8 \(byte 0\)"),
+        ("河流\nlarge language model".encode(), r"line 2: .* SPACE character U\+0020"),
+        ("河\u200b流".encode(), r"line 1: .* ZERO WIDTH SPACE character U\+200B"),
+        (b"a\x01b", r"line 1: .* U\+0001"),
+        ("▁GPU".encode(), r"line 1: .* U\+2581"),
+    ],
+)
+def test_unusable_words_are_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "words.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_words(path)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from altiplano.cli_tokenizer import tokenizer_app
 from altiplano.errors import AltiplanoError
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-tokenizer_app = typer.Typer(help="Train, merge and compare vocabularies.", no_args_is_help=True)
 data_app = typer.Typer(help="Prepare and look at training data.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
@@ -135,46 +135,6 @@ def chat(
     from altiplano.chat import chat as talk
 
     talk(url, model=model, system=system)
-
-
-@tokenizer_app.command("train")
-def tokenizer_train(
-    inputs: Annotated[list[str], typer.Option("--input", help="Text files or globs.")],
-    vocab_size: Annotated[int, typer.Option(help="Pieces to train.")],
-    output: Annotated[Path, typer.Option(help="Directory to write.")],
-    model_type: Annotated[str, typer.Option(help="bpe or unigram.")] = "bpe",
-    character_coverage: Annotated[float, typer.Option(help="Characters covered.")] = 0.9995,
-) -> None:
-    """Train a SentencePiece model on text."""
-    from altiplano import commands
-
-    commands.tokenizer_train(inputs, vocab_size, output, model_type, character_coverage)
-
-
-@tokenizer_app.command("merge")
-def tokenizer_merge(
-    base: Annotated[Path, typer.Option(help="Tokenizer directory or .model file.")],
-    add: Annotated[list[Path], typer.Option(help="Trained .model to add; repeatable.")],
-    output: Annotated[Path, typer.Option(help="Directory to write.")],
-    scores: Annotated[str, typer.Option(help="distinct or reference.")] = "distinct",
-    pad_piece: Annotated[str | None, typer.Option(help="Append a padding piece.")] = None,
-    skip_ascii: Annotated[bool, typer.Option(help="Leave out new pieces of ASCII only.")] = False,
-) -> None:
-    """Merge trained pieces into a base vocabulary."""
-    from altiplano import commands
-
-    commands.tokenizer_merge(base, add, output, scores, pad_piece, skip_ascii=skip_ascii)
-
-
-@tokenizer_app.command("report")
-def tokenizer_report(
-    tokenizers: Annotated[list[Path], typer.Argument(help="Directories or .model files.")],
-    text: Annotated[list[Path], typer.Option(help="Text files to measure on.")],
-) -> None:
-    """Compare vocabularies on texts."""
-    from altiplano import commands
-
-    commands.tokenizer_report(tokenizers, text)
 
 
 @data_app.command("prepare")

@@ -4,9 +4,7 @@ Knows every room by name and none in detail.
 """
 
 import json
-import shutil
 from pathlib import Path
-from typing import Literal, cast
 
 from altiplano.artifact import open_artifact
 from altiplano.cluster import connect
@@ -84,7 +82,8 @@ def _served(target: Path, overrides: list[str]) -> tuple[Config | ServeOnly, Pat
 
 
 def verify(paths: list[Path]) -> None:
-    """Check artifacts: file hashes, and the fingerprints of tokenizer and weights."""
+    """Check artifacts: file hashes, fingerprints of tokenizer and weights, shards of tokens."""
+    from altiplano.data.tokens.store import TokenStore
     from altiplano.model.load import weights_fingerprint
     from altiplano.vocabulary.load import tokenizer_fingerprint
 
@@ -99,6 +98,8 @@ def verify(paths: list[Path]) -> None:
             if manifest.kind in ("model", "tokenizer"):
                 found = tokenizer_fingerprint(path)
                 _require_equal(path, "tokenizer", manifest.tokenizer_fingerprint, found)
+            if manifest.kind == "tokens":
+                TokenStore.open(path / "train").verify()
             console.print(
                 f"[green]whole[/]   {path}  ({manifest.kind}, {len(manifest.files)} files)"
             )
@@ -126,94 +127,20 @@ def show_report(project: Project) -> None:
     console.print(report_table(read_report(artifact_path(project, "evaluate"))))
 
 
-def tokenizer_train(
-    inputs: list[str], vocab_size: int, output: Path, model_type: str, character_coverage: float
-) -> None:
-    """Train a SentencePiece model on text files."""
-    from altiplano.config.schema import TextSource
-    from altiplano.data.sources import training_texts
-    from altiplano.vocabulary.train import train_sentencepiece
-
-    kind = _choice("--model-type", model_type, ("bpe", "unigram"))
-    sources = [TextSource(path=path, language="any") for path in inputs]
-    texts = training_texts(
-        sources, lambda path: path, languages=["any"], held_out=0.0, on_error="fail"
-    )
-    with _written_beside(output) as folder:
-        train_sentencepiece(
-            texts,
-            vocab_size=vocab_size,
-            output=folder / "trained.model",
-            model_type=cast(Literal["bpe", "unigram"], kind),
-            character_coverage=character_coverage,
-        )
-    console.print(f"wrote {output / 'trained.model'}")
-    console.print(
-        f"next: altiplano tokenizer merge --base BASE --add {output / 'trained.model'} --output DIR"
-    )
-
-
-def tokenizer_merge(
-    base: Path,
-    add: list[Path],
-    output: Path,
-    scores: str,
-    pad_piece: str | None,
-    *,
-    skip_ascii: bool = False,
-) -> None:
-    """Merge trained pieces into a base vocabulary and write a tokenizer directory."""
-    from altiplano.storage import sha256_of
-    from altiplano.vocabulary.convert import save_tokenizer
-    from altiplano.vocabulary.merge import merge_sentencepiece
-
-    choice = _choice("--scores", scores, ("distinct", "reference"))
-    base_file = base / "tokenizer.model" if base.is_dir() else base
-    merged = merge_sentencepiece(
-        base_file,
-        add,
-        scores=cast(Literal["distinct", "reference"], choice),
-        pad_piece=pad_piece,
-        skip_ascii=skip_ascii,
-    )
-    with _written_beside(output) as folder:
-        save_tokenizer(merged.proto, folder, pad_piece=pad_piece)
-    console.print(
-        f"{merged.old_size} + {merged.added} new pieces = {merged.new_size} "
-        f"({merged.overlap} were there already)"
-    )
-    console.print(f"sha256 {sha256_of(output / 'tokenizer.model')}  {output / 'tokenizer.model'}")
-    console.print(f"next: altiplano tokenizer report {base} {output} --text FILE")
-
-
-def tokenizer_report(tokenizers: list[Path], text: list[Path]) -> None:
-    """Compare vocabularies on texts."""
-    from altiplano.errors import DataError
-    from altiplano.vocabulary.load import Vocabulary
-    from altiplano.vocabulary.report import report, report_table
-
-    texts = {}
-    for path in text:
-        try:
-            texts[path.name] = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {path} as UTF-8 text: {error}") from None
-    console.print(report_table(report({str(p): Vocabulary(p) for p in tokenizers}, texts)))
-
-
 def data_preview(project: Project, records: int) -> None:
     """Show what the model will see, the trained tokens coloured."""
-    from altiplano.data.preview import preview_chat, preview_text
+    from altiplano.data.preview.preview import preview_chat, preview_text
 
     section = project.config.data
     vocabulary_dir = open_artifact(artifact_path(project, "tokenizer"), "tokenizer").path
-    if section.text:
+    if section.all_text:
         preview_text(
-            section.text,
+            section.all_text,
             project.resolve,
             vocabulary_dir,
-            held_out=section.held_out,
             records=records,
+            clean=section.clean,
+            held_out=section.held_out,
         )
     if section.instructions:
         preview_chat(
@@ -222,35 +149,12 @@ def data_preview(project: Project, records: int) -> None:
             vocabulary_dir,
             template=section.template,
             system_prompt=section.system_prompt,
+            loss_on=section.loss_on,
+            overlong=section.overlong,
+            sequence_length=section.sequence_length,
+            clean=section.clean,
             records=records,
         )
-
-
-class _written_beside:
-    """A directory that is renamed to its final place only if the block ends well."""
-
-    def __init__(self, final: Path) -> None:
-        self._final = final
-        self._partial = final.with_name(final.name + ".partial")
-
-    def __enter__(self) -> Path:
-        if self._final.exists():
-            raise AltiplanoError(f"{self._final} exists: give another --output, or delete it")
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
-        return self._partial
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._partial.rename(self._final)
-        else:
-            shutil.rmtree(self._partial, ignore_errors=True)
-
-
-def _choice(option: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ConfigError(f"{option} is {value!r}, it must be one of {', '.join(allowed)}")
-    return value
 
 
 def _require_equal(path: Path, what: str, recorded: str | None, found: str) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from altiplano.artifact import Artifact
 from altiplano.config import Project
+from altiplano.config.data import InstructionSource, TextSource
 from altiplano.config.schema import Config
 from altiplano.config.training import TrainSettings
 from altiplano.console import console, simple_table
@@ -21,13 +22,16 @@ from altiplano.errors import AltiplanoError, ConfigError
 from altiplano.stages import finish, learn, prepare
 from altiplano.stages.stage import Stage, Status, execute, stage_status
 
+_READING = {"clean", "held_out", "on_error"}
+"""Keys of `data` that decide which texts are trained on."""
+
 
 def build_stages(project: Project) -> list[Stage]:
     """All stages of a config, in the order they run."""
     config = project.config
-    stages = [*_base_stages(project), *_vocabulary_stages(config), _text_stage(config)]
+    stages = [*_base_stages(project), *_vocabulary_stages(project), _text_stage(project)]
     if config.sft:
-        stages.append(_chat_stage(config))
+        stages.append(_chat_stage(project))
     model, adapters = "extend", list[str]()
     for settings in config.pretrain.stages if config.pretrain else []:
         name = f"pretrain-{settings.name}"
@@ -143,10 +147,10 @@ def _base_stages(project: Project) -> list[Stage]:
     scratch = config.base_model.scratch
     if scratch is None:
         return [*stages, _import_stage(project)]
+    data = config.data
     sources = [source.model_dump(mode="json") for source in scratch.text]
-    files = tuple(source.path for source in scratch.text)
-    reading = {"text": sources, "held_out": config.data.held_out, "on_error": config.data.on_error}
-    length = config.data.sequence_length
+    files = _files(project, scratch.text)
+    reading = {"text": sources, **data.model_dump(mode="json", include=_READING)}
     return [
         *stages,
         Stage(
@@ -155,7 +159,7 @@ def _base_stages(project: Project) -> list[Stage]:
             prepare.train_base_tokenizer, world, files,
         ),
         Stage(
-            "base-data", "base", "tokens", {**reading, "sequence_length": length},
+            "base-data", "base", "tokens", {**reading, "sequence_length": data.sequence_length},
             prepare.prepare_base_text, {**world, "tokenizer": "base-tokenizer"}, files,
         ),
         Stage(
@@ -179,21 +183,18 @@ def _import_stage(project: Project) -> Stage:
     return Stage("base", "base", "model", settings, prepare.import_base, {}, files)
 
 
-def _vocabulary_stages(config: Config) -> list[Stage]:
-    section = config.tokenizer
-    trained = [s for s in config.data.text if s.language in section.languages]
-    settings = section.model_dump(mode="json")
-    if section.vocab_size is None:
-        trained = []
-    else:
-        settings["text"] = [source.model_dump(mode="json") for source in trained]
-        settings["held_out"] = config.data.held_out
-        settings["on_error"] = config.data.on_error
-    files = (*(source.path for source in trained), *section.add)
+def _vocabulary_stages(project: Project) -> list[Stage]:
+    config, section = project.config, project.config.tokenizer
+    settings = {**section.model_dump(mode="json"), "seed": config.seed}
+    sources = config.data.all_text
+    settings["text"] = [source.model_dump(mode="json") for source in sources]
+    settings |= config.data.model_dump(mode="json", include=_READING)
+    words = (section.words,) if section.words else ()
+    files = (*_files(project, sources), *section.add, *words)
     extend = {**config.extend.model_dump(mode="json"), "seed": config.seed}
     return [
         Stage(
-            "tokenizer", "tokenizer", "tokenizer", settings, prepare.train_tokenizer,
+            "tokenizer", "tokenizer", "tokenizer", settings, prepare.grow_tokenizer,
             {**_world_need(config), "base": "base"}, files,
         ),
         Stage(
@@ -203,22 +204,36 @@ def _vocabulary_stages(config: Config) -> list[Stage]:
     ]  # fmt: skip
 
 
-def _text_stage(config: Config) -> Stage:
-    data = config.data
+def _text_stage(project: Project) -> Stage:
+    config, data = project.config, project.config.data
+    kept = {*_READING, "text", "replay", "sequence_length", "cross_documents"}
+    section = data.model_dump(mode="json", include=kept)
+    needs = {**_world_need(config), "tokenizer": "tokenizer"}
+    return Stage(
+        "data-text", "data", "tokens", section, prepare.prepare_text, needs,
+        _files(project, data.all_text),
+    )  # fmt: skip
+
+
+def _chat_stage(project: Project) -> Stage:
+    config, data = project.config, project.config.data
     section = data.model_dump(
-        mode="json", include={"text", "held_out", "sequence_length", "on_error"}
+        mode="json", exclude={"text", "replay", "held_out", "cross_documents"}
     )
     needs = {**_world_need(config), "tokenizer": "tokenizer"}
-    files = tuple(source.path for source in data.text)
-    return Stage("data-text", "data", "tokens", section, prepare.prepare_text, needs, files)
-
-
-def _chat_stage(config: Config) -> Stage:
-    data = config.data
-    section = data.model_dump(mode="json", exclude={"text", "held_out"})
-    needs = {**_world_need(config), "tokenizer": "tokenizer"}
-    files = tuple(source.path for source in data.instructions)
+    files = _files(project, data.instructions)
     return Stage("data-chat", "data", "tokens", section, prepare.prepare_chat, needs, files)
+
+
+def _files(project: Project, sources: Sequence[TextSource | InstructionSource]) -> tuple[str, ...]:
+    """Patterns of the files that sources read; a dataset of a hub has none that lie here."""
+    found = []
+    for source in sources:
+        if source.format != "dataset":
+            found.append(source.path)
+        elif Path(project.resolve(source.path)).is_dir():
+            found.append(f"{source.path}/**")
+    return tuple(found)
 
 
 def _world_need(config: Config) -> dict[str, str]:

@@ -170,6 +170,10 @@ def _pieces_added(config: Config, resolve: Callable[[str], str], notes: list[str
     """Most pieces that the tokenizer section can add; None where a `.model` is not there."""
     section = config.tokenizer
     added = (section.vocab_size or 0) + (1 if section.pad_piece else 0)
+    if section.words is not None:
+        notes.append(
+            f"{section.words}: domain words, and pieces they need on the way, are not counted"
+        )
     for path in section.add:
         file = Path(resolve(path))
         if not file.is_file():
@@ -186,18 +190,22 @@ def _plan_stages(
 ) -> list[StagePlan]:
     stages = []
     scratch = config.base_model.scratch
+    padding = -vocab_new % config.extend.pad_to_multiple
     if scratch is not None:
         stages.append(_plan_stage(config, "base", scratch.train, shape, vocab_old, vocab_old))
     for settings in config.pretrain.stages if config.pretrain else []:
         name = f"pretrain-{settings.name}"
-        stages.append(_plan_stage(config, name, settings, shape, vocab_old, vocab_new))
+        stages.append(_plan_stage(config, name, settings, shape, vocab_old, vocab_new, padding))
     if config.sft is not None:
-        stages.append(_plan_stage(config, "sft", config.sft, shape, vocab_old, vocab_new))
+        stages.append(_plan_stage(config, "sft", config.sft, shape, vocab_old, vocab_new, padding))
     if config.draft is not None:
         small = LlamaShape(**{**asdict(shape), "num_hidden_layers": config.draft.layers})
         teacher = shape if config.draft.loss == "distill" else None
         settings = config.draft.train
-        stages.append(_plan_stage(config, "draft", settings, small, vocab_new, vocab_new, teacher))
+        # It is cut from the merged model, which has no padding rows.
+        stages.append(
+            _plan_stage(config, "draft", settings, small, vocab_new, vocab_new, 0, teacher)
+        )
     return stages
 
 
@@ -208,10 +216,11 @@ def _plan_stage(
     shape: LlamaShape,
     vocab_old: int,
     vocab_new: int,
+    padding: int = 0,
     teacher: LlamaShape | None = None,
 ) -> StagePlan:
-    parameters = count_parameters(shape, vocab_new)
-    trainable = trainable_parameters(shape, vocab_old, vocab_new, settings)
+    parameters = count_parameters(shape, vocab_new + padding)
+    trainable = trainable_parameters(shape, vocab_old, vocab_new, settings, rows_padding=padding)
     compute_bytes = _compute_bytes(settings, on_gpu=config.cluster.gpus_per_worker > 0)
     taught = sum(count_parameters(teacher, vocab_new).values()) if teacher else 0
     length = config.data.sequence_length
@@ -227,7 +236,7 @@ def _plan_stage(
         "optimizer": 2 * trained * _FP32,  # AdamW's two moments
         "activations": _activation_bytes(shape, settings, batch, compute_bytes),
         # Logits and their gradient, of one chunk.
-        "logits": 2 * min(batch, _LOSS_CHUNK_TOKENS) * vocab_new * _FP32,
+        "logits": 2 * min(batch, _LOSS_CHUNK_TOKENS) * (vocab_new + padding) * _FP32,
         "teacher": taught * compute_bytes,
     }
     return StagePlan(

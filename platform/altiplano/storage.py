@@ -10,11 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from altiplano.errors import DataError
 
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
 _CHUNK_BYTES = 1 << 20
+_REMOTE_BLOCK_BYTES = 8 << 20
+"""Fetched at a time; more would be fetched in vain behind the end of a chunk."""
 
 
 def is_remote(path: str) -> bool:
@@ -29,10 +34,7 @@ def expand(path: str) -> list[str]:
         DataError: nothing is there.
     """
     if is_remote(path):
-        import fsspec
-
-        filesystem, inner = fsspec.core.url_to_fs(path)
-        found = [filesystem.unstrip_protocol(name) for name in filesystem.glob(inner)]
+        found = _expand_remote(path)
     elif Path(path).is_file():
         found = [path]
     elif Path(path).is_dir():
@@ -44,25 +46,69 @@ def expand(path: str) -> list[str]:
     return sorted(found)
 
 
+def _expand_remote(path: str) -> list[str]:
+    with _remote(path) as (filesystem, inner):
+        filesystem.invalidate_cache()
+        found = filesystem.glob(inner, detail=True)
+        files = [name for name, about in found.items() if about["type"] == "file"]
+        if found and not files:
+            raise DataError(f"{path} is a directory: name its files, for instance {path}/*.txt")
+        return [filesystem.unstrip_protocol(name) for name in files]
+
+
 @contextmanager
 def open_binary(path: str) -> Iterator[IO[bytes]]:
-    """Open one file for reading bytes.
+    """Open one file for reading bytes; it can seek.
 
     Raises:
         DataError: it cannot be opened.
     """
-    try:
-        handle: Any
-        if is_remote(path):
-            import fsspec
-
-            handle = fsspec.open(path, "rb").open()
-        else:
+    handle: Any
+    if is_remote(path):
+        with _remote(path) as (filesystem, inner):
+            handle = filesystem.open(inner, "rb", block_size=_REMOTE_BLOCK_BYTES)
+    else:
+        try:
             handle = open(path, "rb")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     with handle:
         yield handle
+
+
+def size_of(path: str) -> int:
+    """Bytes of one file.
+
+    Raises:
+        DataError: it is not there.
+    """
+    if is_remote(path):
+        with _remote(path) as (filesystem, inner):
+            return int(filesystem.size(inner))
+    try:
+        return Path(path).stat().st_size
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+@contextmanager
+def _remote(path: str) -> Iterator[tuple["AbstractFileSystem", str]]:
+    """File system and inner path of a URL; what goes wrong with them is a `DataError`."""
+    import fsspec
+
+    try:
+        yield fsspec.core.url_to_fs(path)
+    except DataError:
+        raise
+    except ImportError as error:
+        is_s3 = path.startswith(("s3://", "s3a://"))
+        advice = "pip install altiplano[s3]" if is_s3 else str(error)
+        raise DataError(
+            f"cannot read {path}, its protocol's library is missing: {advice}"
+        ) from None
+    # Every protocol's library has a family of errors of its own.
+    except Exception as error:
+        raise DataError(f"cannot read {path}: {error or type(error).__name__}") from error
 
 
 def sha256_of(path: str | Path) -> str:
@@ -77,6 +123,18 @@ def sha256_of(path: str | Path) -> str:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     return _hash_local(str(path), state.st_size, state.st_mtime_ns)
+
+
+def identity_of(path: str) -> str:
+    """Hash that changes when a file does: of its bytes, or of what a remote store says of it.
+
+    A store's word (entity tag, size, time) is taken, because reading a corpus over a network to
+    see whether it changed would cost as much as using it.
+    """
+    if not is_remote(path):
+        return sha256_of(path)
+    with _remote(path) as (filesystem, inner):
+        return hashlib.sha256(f"{inner} {filesystem.checksum(inner)}".encode()).hexdigest()
 
 
 @lru_cache(maxsize=4096)

@@ -1,6 +1,7 @@
-"""The `altiplano` command as a process of its own, as users start it: signals, exit codes, output.
+"""The `altiplano` command as users start it: in this process, or as a process of its own.
 
-It runs with a home directory of its own and Ray's default authentication, on its own local cluster.
+The process has a home directory of its own and Ray's default authentication, on its own local
+cluster.
 """
 
 import os
@@ -10,6 +11,26 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from typer.testing import CliRunner, Result
+
+from altiplano.cli import app
+
+
+def altiplano(*arguments: object) -> Result:
+    """Run one command in this process."""
+    wide = {"COLUMNS": "200", "TERMINAL_WIDTH": "200", "NO_COLOR": "1"}
+    return CliRunner(env=wide).invoke(app, [str(word) for word in arguments])
+
+
+def refusal(*arguments: object) -> str:
+    """What a command that must fail says: one message and no traceback."""
+    result = altiplano(*arguments)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and "Traceback" not in result.output, result.output
+    return result.stderr
 
 
 class Command:

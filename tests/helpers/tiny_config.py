@@ -50,6 +50,7 @@ def tiny_tree(output: str = "run") -> dict[str, Any]:
             ],
             "instructions": [{"path": f"{world}/chat.jsonl", "language": "zh", "max_records": 60}],
             "sequence_length": 128,
+            "system_prompt": "",
             "held_out": 0.1,
         },
         "pretrain": {"stages": [training(name="lora", lora=lora)]},
@@ -78,8 +79,10 @@ def write_imported_run(folder: Path, **sections: Any) -> Path:
     save_tokenizer(train_tiny_base(folder).read_bytes(), folder / "base")
     (folder / "zh.txt").write_text("\n\n".join(chinese_lines()), encoding="utf-8")
     (folder / "en.txt").write_text("\n\n".join(english_lines()), encoding="utf-8")
-    record = '{"instruction": "Where is the boat?", "output": "On the river."}\n'
-    (folder / "chat.jsonl").write_text(record * 40, encoding="utf-8")
+    records = (
+        f'{{"instruction": "Where is boat {n}?", "output": "On the river."}}' for n in range(40)
+    )
+    (folder / "chat.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
     tree = {
         **tiny_tree(),
         "world": None,
@@ -92,6 +95,7 @@ def write_imported_run(folder: Path, **sections: Any) -> Path:
             ],
             "instructions": [{"path": "chat.jsonl", "language": "en"}],
             "sequence_length": 64,
+            "system_prompt": "",
         },
         "evaluate": {},
     }

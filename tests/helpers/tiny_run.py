@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from altiplano.data.pack import Block
-from altiplano.data.store import StoreWriter
+from altiplano.data.tokens.pack import FIRST, TARGET, TOKEN, Blocks
+from altiplano.data.tokens.store import StoreWriter
 
 VOCAB_OLD, VOCAB_NEW, LENGTH = 60, 80, 32
 
@@ -35,13 +35,18 @@ def write_model(directory: Path, *, tied: bool = False, vocab: int = VOCAB_NEW) 
 def write_store(directory: Path, blocks: int = 24, *, seed: int = 0) -> Path:
     """Blocks of two documents whose tokens count up, with unequal numbers of targets."""
     rng = np.random.default_rng(seed)
-    with StoreWriter(directory, sequence_length=LENGTH, vocab_size=VOCAB_NEW, pad_id=0) as store:
+    steps = np.arange(LENGTH)
+    with StoreWriter(
+        directory, sequence_length=LENGTH, vocab_size=VOCAB_NEW, pad_id=0,
+        tokenizer_fingerprint="tiny",
+    ) as store:  # fmt: skip
         for number in range(blocks):
             cut = int(rng.integers(4, LENGTH - 4))
-            starts = np.where(np.arange(LENGTH) < cut, *rng.integers(0, VOCAB_NEW, 2))
-            ids = (starts + np.arange(LENGTH)) % VOCAB_NEW
-            segments = np.where(np.arange(LENGTH) < cut, 1, 2)
-            loss = (rng.random(LENGTH) < 0.2 + 0.7 * (number % 2)).astype(np.uint8)
-            loss[[1, 2]] = 1
-            store.add(Block(ids, segments, loss))
+            starts = np.where(steps < cut, *rng.integers(0, VOCAB_NEW, 2))
+            is_target = rng.random(LENGTH) < 0.2 + 0.7 * (number % 2)
+            is_target[[1, 2]] = True
+            is_first = (steps == 0) | (steps == cut)
+            flags = TOKEN | np.where(is_first, FIRST, np.where(is_target, TARGET, 0))
+            tokens = (starts + steps) % VOCAB_NEW
+            store.add(Blocks(tokens[None].astype(np.int32), flags[None].astype(np.uint8)))
     return directory

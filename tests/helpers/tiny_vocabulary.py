@@ -3,6 +3,8 @@
 import random
 from pathlib import Path
 
+from altiplano.vocabulary.convert import save_tokenizer
+from altiplano.vocabulary.merge import merge_sentencepiece
 from altiplano.vocabulary.train import train_sentencepiece
 
 _ENGLISH = ("the river", "a small boat", "runs", "to", "mountain", "market", "under", "snow")
@@ -33,3 +35,10 @@ def train_tiny_addition(directory: Path) -> Path:
     output = directory / "addition.model"
     train_sentencepiece(chinese_lines(), vocab_size=60, output=output)
     return output
+
+
+def write_tiny_tokenizer(directory: Path) -> Path:
+    """The directory of the tiny base with the tiny addition merged in."""
+    merged = merge_sentencepiece(train_tiny_base(directory), [train_tiny_addition(directory)])
+    save_tokenizer(merged.proto, directory / "merged")
+    return directory / "merged"

@@ -10,35 +10,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from altiplano.config.data import (
+    DataSection,
+    TextSource,
+)
 from altiplano.config.training import FullTrainSettings, Section, TrainSettings
 
-
-class TextSource(Section):
-    """One corpus of plain text."""
-
-    path: str
-    """File, glob or fsspec URL; relative paths start at the project root."""
-    language: str
-    """Language code such as `en` or `zh`; held-out bits per byte are reported per language."""
-    format: Literal["auto", "lines", "paragraphs", "file", "jsonl", "json"] = "auto"
-    """How documents are told apart: one per line, per blank-line block, per file, or by record.
-    `auto` goes by the suffix: .jsonl, .json, else paragraphs."""
-    text_key: str = "text"
-    """For JSON: dotted path to the text; lists on the way are walked, as in
-    `data.paragraphs.context`."""
-    max_documents: int | None = Field(None, ge=1)
-    """Take at most this many documents."""
-
-
-class InstructionSource(Section):
-    """One file of instruction records (JSON list or JSON lines; Alpaca keys or `messages`)."""
-
-    path: str
-    """File, glob or fsspec URL."""
-    language: str
-    """Language code, for the reports."""
-    max_records: int | None = Field(None, ge=1)
-    """Take at most this many records."""
+KeptPieces = Literal["all", "non_ascii", "cjk"]
+DroppedPieces = Literal["digits", "latin"]
 
 
 class WorldSection(Section):
@@ -109,32 +88,78 @@ class BaseModelSection(Section):
 
 
 class TokenizerSection(Section):
-    """Train a SentencePiece model on the corpus and merge it into the base's."""
+    """New pieces for the base's vocabulary: trained on the corpus, or taken from trained models.
+
+    A SentencePiece base gets pieces of a SentencePiece model trained here; a byte-level BPE base
+    (Llama-3, Qwen) gets merges learned on top of its own.
+    """
 
     vocab_size: int | None = Field(None, ge=16)
     """Pieces to train on the texts of `languages` (before pieces the base has are dropped)."""
     languages: list[str] = ["zh"]
     """Which of the corpus' languages the new pieces are trained on."""
     model_type: Literal["bpe", "unigram"] = "bpe"
-    """SentencePiece algorithm of the addition."""
+    """SentencePiece algorithm of the addition; a byte-level base needs `bpe`."""
     character_coverage: float = Field(0.9995, gt=0.9, le=1.0)
     """Share of the characters that must be covered by pieces of their own."""
+    normalization: Literal["identity", "nfkc", "nmt_nfkc"] = "identity"
+    """What SentencePiece does to the text it learns from. Texts are never normalised when they are
+    encoded, so anything but `identity` suits corpora cleaned with `data.clean.unicode: NFKC`."""
+    split_digits: bool = True
+    """Digits are pieces of their own, as in LLaMA."""
+    max_piece_length: int = Field(16, ge=1)
+    """Longest new piece in characters."""
+    max_lines: int = Field(2_000_000, ge=1)
+    """Lines to learn from; of a larger corpus a uniform sample is drawn, by `seed`."""
+    words: str | None = None
+    """File of domain terms, one per line, each to become one piece."""
     add: list[str] = []
     """Further trained `.model` files to merge, in order."""
     scores: Literal["distinct", "reference"] = "distinct"
     """`distinct`: ids are the same in SentencePiece, Hugging Face and vLLM.
     `reference`: score 0 for every added piece, byte for byte as Chinese-LLaMA-Alpaca."""
-    skip_ascii: bool = True
-    """Leave out new pieces of ASCII only, so that the old language's tokens stay as they were;
-    `scores: reference` keeps them, as the reference does."""
+    keep: KeptPieces | None = None
+    """Which new pieces are kept: `non_ascii` (no visible ASCII character) or `cjk` (nothing but
+    Chinese characters and punctuation) leave text without such characters tokenised exactly as
+    before; `all` may change it. Default: `non_ascii`; `all` where `scores` is `reference`."""
+    drop: list[DroppedPieces] = []
+    """New pieces with these characters, full-width forms included, are left out."""
+    min_count: int = Field(0, ge=0)
+    """Leave out new pieces that occur fewer times than this in the training texts, so that no row
+    stays untrained. A rare piece that frequent ones are built from stays, and is counted."""
     pad_piece: str | None = None
     """Append one padding piece, for instance `[PAD]`."""
 
     @model_validator(mode="after")
     def _something_to_add(self) -> Self:
-        if self.vocab_size is None and not self.add:
-            raise ValueError("give `vocab_size` (train new pieces) or `add` (merge trained models)")
+        problems = []
+        if self.vocab_size is None and not self.add and self.words is None:
+            problems.append(
+                "give `vocab_size` (train new pieces), `add` (merge trained models) or `words`"
+            )
+        changed = [
+            name
+            for name, given in (
+                ("keep", self.keep not in (None, "all")),
+                ("drop", self.drop),
+                ("min_count", self.min_count),
+                ("words", self.words),
+            )
+            if given
+        ]
+        if self.scores == "reference" and changed:
+            problems.append(
+                f"`scores: reference` repeats the published merge byte for byte: drop "
+                f"{', '.join(f'`{name}`' for name in changed)}, or use `scores: distinct`"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def kept_pieces(self) -> KeptPieces:
+        """`keep`, or its default."""
+        return self.keep or ("all" if self.scores == "reference" else "non_ascii")
 
 
 class ExtendSection(Section):
@@ -142,29 +167,12 @@ class ExtendSection(Section):
 
     init: Literal["subpiece_mean", "mean", "gaussian", "random"] = "subpiece_mean"
     """How a new row starts: mean of the rows the base tokenizer splits the piece into; mean of all
-    rows; a draw from the rows' mean and covariance; a draw with the model's initializer_range."""
-
-
-class DataSection(Section):
-    """What is read for training, and how it becomes tokens."""
-
-    text: list[TextSource] = []
-    """Corpora for the vocabulary and for pre-training."""
-    instructions: list[InstructionSource] = []
-    """Records for instruction tuning."""
-    held_out: float = Field(0.02, ge=0, lt=0.5)
-    """Share of the documents kept out of training, chosen by a hash of their content."""
-    sequence_length: int = Field(512, ge=16)
-    """Tokens per block."""
-    template: Literal["llama-2", "alpaca", "vicuna", "chatml"] = "llama-2"
-    """Chat template of instruction tuning; stored with the model, so serving uses the same."""
-    system_prompt: str = ""
-    """System message of the template; empty for none."""
-    overlong: Literal["fail", "drop", "truncate_prompt"] = "truncate_prompt"
-    """A record longer than a block: stop, leave it out (counted), or cut the prompt's middle.
-    An answer is never cut; one that alone does not fit is dropped and counted."""
-    on_error: Literal["fail", "skip"] = "fail"
-    """A record that cannot be read: stop with its place, or skip and count it."""
+    rows; a draw from the rows' mean and covariance; a draw with the model's initializer_range. The
+    first is best where the base has read the language's bytes, as LLaMA has; where it never has
+    (its held-out bits per byte are then far above 8), `mean` is."""
+    pad_to_multiple: int = Field(1, ge=1)
+    """Round the number of rows up to a multiple of this, for faster matrix products. The rows
+    beyond the pieces are zero, are never trained or predicted, and the merged model has none."""
 
 
 class PretrainSection(Section):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from altiplano.errors import MismatchError
 from altiplano.evaluate.generate import greedy_replies
+from altiplano.model.load import num_pieces
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -43,7 +44,7 @@ def draft_acceptance(
     Raises:
         MismatchError: the two vocabularies differ in size.
     """
-    sizes = target.config.vocab_size, draft.config.vocab_size
+    sizes = [num_pieces(model.config.to_dict()) for model in (target, draft)]
     if sizes[0] != sizes[1]:
         raise MismatchError(
             f"the target has {sizes[0]} pieces and the draft {sizes[1]}: a draft must have its "

@@ -41,9 +41,10 @@ def bits_per_byte(
     """Sum of -log2 p over the tokens of every document, divided by its UTF-8 bytes.
 
     A document is BOS and its tokens; every token is scored, the first one given BOS alone; the end
-    of the document is not. A document longer than the window is read in windows that overlap by
-    half, and each token is scored once, so all but the first half-window have at least half a
-    window of context.
+    of the document is not. Where a vocabulary has no BOS (Qwen), the EOS of a document before it
+    stands there, as in the base's own training. A document longer than the window is read in
+    windows that overlap by half, and each token is scored once, so all but the first half-window
+    have at least half a window of context.
 
     Args:
         model: in eval mode.
@@ -58,7 +59,7 @@ def bits_per_byte(
 
     Raises:
         DataError: there is no text.
-        MismatchError: the vocabulary has no BOS, or more pieces than the model has rows.
+        MismatchError: the vocabulary has neither BOS nor EOS, or more pieces than the model rows.
     """
     _require_fit(model, vocabulary)
     documents = take_bytes(texts, max_bytes)
@@ -66,9 +67,8 @@ def bits_per_byte(
         raise DataError("no held-out text to score: raise data.held_out or give longer texts")
     encoded = vocabulary.encode_batch(documents)
     length = min(sequence_length, model.config.max_position_embeddings)
-    windows = [
-        window for ids in encoded for window in split_windows([vocabulary.bos_id, *ids], length)
-    ]
+    start = vocabulary.bos_id if vocabulary.bos_id >= 0 else vocabulary.eos_id
+    windows = [window for ids in encoded for window in split_windows([start, *ids], length)]
     nats = sum(_score(model, batch) for batch in _batches(windows, batch_tokens))
     tokens = sum(len(ids) for ids in encoded)
     characters = sum(len(text) for text in documents)
@@ -84,16 +84,18 @@ def bits_per_byte(
 
 
 def _require_fit(model: "LlamaForCausalLM", vocabulary: "Vocabulary") -> None:
-    rows = model.config.vocab_size
+    from altiplano.model.load import num_pieces
+
+    rows = num_pieces(model.config.to_dict())
     if vocabulary.size > rows:
         raise MismatchError(
             f"the vocabulary has {vocabulary.size} pieces and the model {rows} rows: "
             f"give the model the tokenizer it was made with"
         )
-    if vocabulary.bos_id < 0:
+    if vocabulary.bos_id < 0 and vocabulary.eos_id < 0:
         raise MismatchError(
-            "the vocabulary has no BOS, which the first token of a document is predicted from: "
-            "use a tokenizer with one, as every Llama has"
+            "the vocabulary has neither BOS nor EOS, which the first token of a document is "
+            "predicted from: use a tokenizer with one of them"
         )
 
 

@@ -1,9 +1,9 @@
 """Fold a chain of adapters into its base checkpoint, one weight file at a time.
 
 Every changed tensor is summed in fp32 and rounded once; every other tensor passes through as it
-is. Files, tensor names and index stay the base's. Knows nothing of manifests or of whether the
-parts belong together (`merge.check` does). Memory: the largest weight file, in the output type,
-and one matrix in fp32.
+is. Files, tensor names and index stay the base's; rows that only pad its matrices are left out.
+Knows nothing of manifests or of whether the parts belong together (`merge.check` does). Memory:
+the largest weight file, in the output type, and one matrix in fp32.
 """
 
 import json
@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from altiplano.errors import ModelError
-from altiplano.model.load import HEAD, copy_tokenizer, iter_tensors, read_config, weight_files
+from altiplano.model.load import (
+    EMBEDDING,
+    HEAD,
+    PIECES,
+    copy_tokenizer,
+    iter_tensors,
+    num_pieces,
+    read_config,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +65,7 @@ def merge_checkpoint(
         )
     metrics = {"tensors": 0, "tensors_merged": 0, "parameters": 0, "bytes": 0}
     for file in weight_files(model_dir):
-        _merge_file(file, output / file.name, stack, skipped, dtype, metrics)
+        _merge_file(file, output / file.name, stack, num_pieces(config), skipped, dtype, metrics)
     _write_index(model_dir, output, skipped, metrics)
     _write_configs(model_dir, output, config, dtype)
     copy_tokenizer(model_dir, output)
@@ -67,6 +76,7 @@ def _merge_file(
     source: Path,
     target: Path,
     stack: "AdapterStack",
+    pieces: int,
     skipped: set[str],
     dtype: str,
     metrics: dict[str, int],
@@ -78,6 +88,8 @@ def _merge_file(
     with safe_open(source, framework="pt") as stored:
         for name in sorted(set(stored.keys()) - skipped):
             tensor = stored.get_tensor(name)
+            if name in (EMBEDDING, HEAD):
+                tensor = tensor[:pieces]
             wanted = _wanted_type(tensor, dtype)
             if stack.touches(name):
                 metrics["tensors_merged"] += 1
@@ -122,6 +134,8 @@ def _write_index(model_dir: Path, output: Path, skipped: set[str], metrics: dict
 
 
 def _write_configs(model_dir: Path, output: Path, config: dict[str, Any], dtype: str) -> None:
+    config = {**config, "vocab_size": num_pieces(config)}
+    config.pop(PIECES, None)
     if dtype != "auto":
         # Readers of before transformers 5 look for the second name.
         config = {**config, "dtype": dtype, "torch_dtype": dtype}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from altiplano.errors import ModelError
-from altiplano.model.load import load_model, read_config
+from altiplano.model.load import load_model, num_pieces, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ def probe(
     """
     from altiplano.model.adapt import load_chain_live
 
-    ids = probe_ids(vocab_old, read_config(model_dir)["vocab_size"])
+    ids = probe_ids(vocab_old, num_pieces(read_config(model_dir)))
     live = _logits(load_chain_live(model_dir, list(adapter_dirs), vocab_old, "float32"), ids)
     merged = _logits(load_model(merged_dir, "float32"), ids)
     difference = relative_difference(merged, live)

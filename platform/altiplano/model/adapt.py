@@ -19,7 +19,8 @@ from torch import nn
 from altiplano.config.training import LoraSettings, TrainSettings
 from altiplano.errors import ModelError, TrainingError
 from altiplano.model.fold import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROWS_WEIGHTS
-from altiplano.model.rows import SplitEmbedding, SplitHead, SplitRows
+from altiplano.model.load import num_pieces
+from altiplano.model.rows import PaddedHead, SplitEmbedding, SplitHead, SplitRows
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -103,6 +104,7 @@ class Trainee:
         parameters = self.trainable()
         if self.settings.full:
             return {FULL_WEIGHTS: dict(parameters)}
+        pieces = num_pieces(self.model.config.to_dict())
         files: dict[str, dict[str, torch.Tensor]] = {}
         for name, parameter in parameters.items():
             if ".lora_" in name:
@@ -111,7 +113,8 @@ class Trainee:
             else:
                 part = "lm_head" if name.startswith("lm_head") else "embed_tokens"
                 kind = "new_rows" if name.endswith("rows.new") else "weight"
-                files.setdefault(ROWS_WEIGHTS, {})[f"{part}.{kind}"] = parameter
+                # Padding rows are of no use to anyone who reads the adapter.
+                files.setdefault(ROWS_WEIGHTS, {})[f"{part}.{kind}"] = parameter[:pieces]
         return files
 
 
@@ -146,15 +149,15 @@ def make_trainee(
 
 
 def _split_rows(model: "LlamaForCausalLM", vocab_old: int) -> None:
-    embedding = model.get_input_embeddings().weight
-    if vocab_old >= embedding.shape[0]:
+    pieces = num_pieces(model.config.to_dict())
+    if vocab_old >= pieces:
         raise TrainingError(
             f"`rows: new` has nothing to train: the base vocabulary has {vocab_old} pieces and "
-            f"the model {embedding.shape[0]} rows; extend the vocabulary or set `rows: none`"
+            f"the model rows for {pieces}; extend the vocabulary or set `rows: none`"
         )
-    rows = SplitRows(embedding, vocab_old)
+    rows = SplitRows(model.get_input_embeddings().weight, vocab_old, pieces)
     tied = model.config.tie_word_embeddings
-    head_rows = rows if tied else SplitRows(model.lm_head.weight, vocab_old)
+    head_rows = rows if tied else SplitRows(model.lm_head.weight, vocab_old, pieces)
     model.set_input_embeddings(SplitEmbedding(rows))
     model.lm_head = SplitHead(head_rows)
 
@@ -167,6 +170,11 @@ def _inject_lora(model: "LlamaForCausalLM", lora: LoraSettings, seed: int) -> No
         raise TrainingError(
             f"`lora.modules` names {unknown}, the model has "
             f"{sorted(n for n in present if n.endswith('_proj'))}"
+        )
+    if "lm_head" in lora.modules and isinstance(model.lm_head, PaddedHead):
+        raise TrainingError(
+            "`lora.modules` names lm_head, whose padding rows an adapter would train: set "
+            "`extend.pad_to_multiple: 1`, or train its rows with `rows: new`"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -269,7 +277,11 @@ def _activate_all(model: "LlamaForCausalLM") -> None:
 
 
 def _place_rows(model: "LlamaForCausalLM", stored: dict[str, torch.Tensor], vocab_old: int) -> None:
-    targets = {"embed_tokens": model.get_input_embeddings().weight, "lm_head": model.lm_head.weight}
+    pieces = num_pieces(model.config.to_dict())
+    matrices = {
+        "embed_tokens": model.get_input_embeddings().weight, "lm_head": model.lm_head.weight
+    }  # fmt: skip
+    targets = {part: matrix[:pieces] for part, matrix in matrices.items()}
     with torch.no_grad():
         for key, values in stored.items():
             part, kind = key.split(".")

@@ -78,20 +78,28 @@ def count_parameters(shape: LlamaShape, vocab: int) -> Counts:
 
 
 def trainable_parameters(
-    shape: LlamaShape, vocab_old: int, vocab_new: int, settings: TrainSettings
+    shape: LlamaShape,
+    vocab_old: int,
+    vocab_new: int,
+    settings: TrainSettings,
+    *,
+    rows_padding: int = 0,
 ) -> Counts:
-    """Parameters a stage trains, by component.
+    """Parameters a stage gives to its optimizer, by component.
 
     Args:
         shape: of the model.
         vocab_old: pieces of the base vocabulary.
-        vocab_new: pieces now, the model's rows.
+        vocab_new: pieces now.
         settings: what the stage trains. LoRA adds r * (inputs + outputs) per linear layer
             (Hu et al. 2021); names that are no linear layer of a Llama add nothing.
+        rows_padding: rows of the matrices after the pieces. They are part of whole matrices that
+            are trained, though their gradient is zero.
     """
     if settings.full:
-        return {**count_parameters(shape, vocab_new), "lora": 0}
-    rows = {"none": 0, "new": vocab_new - vocab_old, "all": vocab_new}[settings.rows]
+        return {**count_parameters(shape, vocab_new + rows_padding), "lora": 0}
+    whole = vocab_new + rows_padding
+    rows = {"none": 0, "new": vocab_new - vocab_old, "all": whole}[settings.rows]
     per_matrix = rows * shape.hidden_size
     lora = 0
     if settings.lora is not None:

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from altiplano.errors import ModelError
-from altiplano.model.load import EMBEDDING, HEAD
+from altiplano.model.load import EMBEDDING, HEAD, num_pieces
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -48,7 +48,7 @@ class AdapterStack:
 
         Args:
             name: tensor name in the base checkpoint.
-            tensor: its value, any float type.
+            tensor: its value, any float type; of embedding and head the rows of pieces.
 
         Raises:
             ModelError: shapes do not fit; names both.
@@ -88,10 +88,12 @@ def fold_into(model: "LlamaForCausalLM", stack: AdapterStack) -> None:
     names = {*state, HEAD} if model.config.tie_word_embeddings else set(state)
     if unused := stack.unused(names):
         raise ModelError(f"adapter tensors fit nothing in the model: {', '.join(unused[:3])}")
+    pieces = num_pieces(model.config.to_dict())
     with torch.no_grad():
         for name, parameter in state.items():
             if stack.touches(name):
-                parameter.copy_(stack.fold(name, parameter))
+                part = parameter[:pieces] if name in _ROWS_OF else parameter
+                part.copy_(stack.fold(name, part))
 
 
 def _scale(directory: Path) -> float:

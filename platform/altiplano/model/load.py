@@ -7,7 +7,7 @@ asked for. Knows nothing of adapters or training. The hash reads every weight on
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+PIECES = "altiplano_pieces"
+"""Key of config.json: rows that belong to pieces, where the matrices have more (padding). Whoever
+reads `vocab_size` alone would take zero rows for pieces, so only unmerged models have it."""
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -39,6 +42,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"{file} is not JSON ({error}): restore it") from None
     return loaded
+
+
+def num_pieces(config: Mapping[str, Any]) -> int:
+    """Rows of embedding and head that belong to pieces; the rest is padding."""
+    pieces: int = config[PIECES] if PIECES in config else config["vocab_size"]
+    return pieces
 
 
 def check_llama(directory: Path, *, allow_pickle: bool = False) -> None:
@@ -66,10 +75,10 @@ def check_llama(directory: Path, *, allow_pickle: bool = False) -> None:
             )
     else:
         weight_files(directory)
-    if not (directory / "tokenizer.model").is_file():
+    if not any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         raise ModelError(
-            f"{directory} has no tokenizer.model: its SentencePiece vocabulary is what new pieces "
-            f"are merged into; copy it from the model's origin"
+            f"{directory} has no tokenizer.model (SentencePiece) and no tokenizer.json (byte-level "
+            f"BPE): its vocabulary is what new pieces are added to; copy it from the model's origin"
         )
 
 
@@ -106,15 +115,16 @@ def weights_fingerprint(directory: Path) -> str:
     digest = hashlib.sha256()
     for name in sorted(where):
         with safe_open(where[name], framework="pt") as tensors:
-            digest.update(_tensor_bytes(name, tensors.get_tensor(name)))
+            digest.update(_tensor_digest(name, tensors.get_tensor(name)))
     return digest.hexdigest()
 
 
-def _tensor_bytes(name: str, tensor: "torch.Tensor") -> bytes:
+def _tensor_digest(name: str, tensor: "torch.Tensor") -> bytes:
     import torch
 
-    head = json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode()
-    return hashlib.sha256(head + tensor.contiguous().view(torch.uint8).numpy().tobytes()).digest()
+    digest = hashlib.sha256(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.digest()
 
 
 def load_config(directory: Path) -> "LlamaConfig":
@@ -128,6 +138,8 @@ def load_config(directory: Path) -> "LlamaConfig":
 def load_model(directory: Path, dtype: str = "float32") -> "LlamaForCausalLM":
     """Load a model in eval mode, from safetensors only.
 
+    Its head gives logits of pieces; where the matrices have padding rows, they stay unseen.
+
     Args:
         dtype: torch type name of the loaded weights.
     """
@@ -135,10 +147,15 @@ def load_model(directory: Path, dtype: str = "float32") -> "LlamaForCausalLM":
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
 
+    from altiplano.model.rows import PaddedHead
+
     logging.disable_progress_bar()
     model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
     )
+    config = model.config.to_dict()
+    if num_pieces(config) < config["vocab_size"]:
+        model.lm_head = PaddedHead(model.lm_head.weight, num_pieces(config))
     return model.eval()
 
 
@@ -173,10 +190,11 @@ def import_model(source: Path, target: Path, *, allow_pickle: bool) -> None:
         if file.is_file():
             shutil.copy2(file, target / file.name)
     for file in weight_files(source):
-        _link_or_copy(file, target / file.name)
+        link_or_copy(file, target / file.name)
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system has none: weights are never changed in place."""
     try:
         target.hardlink_to(source.resolve())
     except OSError:

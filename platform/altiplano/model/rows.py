@@ -1,7 +1,9 @@
-"""Split embedding and head: frozen old rows, trainable new rows.
+"""Parts of embedding and head: frozen old rows, trainable new rows, and rows that only pad.
 
 The frozen part is a view of the loaded matrix, so nothing is copied, and no gradient of the size
 of the vocabulary is ever made. Where the head is tied, it shares the embedding's two parts.
+Padding rows take part in the head's product, whose speed they are there for; their logits are cut
+off right after it, so no softmax, no loss and no gradient knows of them.
 """
 
 import torch
@@ -9,19 +11,30 @@ from torch import nn
 from torch.nn import functional as F
 
 
+class PaddedHead(nn.Linear):
+    """A head whose matrix has padding rows: hidden [..., H] -> logits [..., pieces]."""
+
+    def __init__(self, weight: nn.Parameter, pieces: int) -> None:
+        rows, width = weight.shape
+        super().__init__(width, rows, bias=False, device="meta")
+        self.weight = weight
+        self.pieces = pieces
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of the pieces."""
+        return super().forward(hidden)[..., : self.pieces]
+
+
 class SplitRows(nn.Module):
-    """The two parts of one [V, H] matrix: `old` (frozen, V_old rows) and `new` (trained)."""
+    """The parts of one [V, H] matrix: `old` (frozen, V_old rows), `new` (trained), `padding`."""
 
     old: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, vocab_old: int) -> None:
+    def __init__(self, weight: torch.Tensor, vocab_old: int, pieces: int) -> None:
         super().__init__()
         self.register_buffer("old", weight.detach()[:vocab_old], persistent=False)
-        self.new = nn.Parameter(weight.detach()[vocab_old:].float().clone())
-
-    def joined(self) -> torch.Tensor:
-        """The whole [V, H] matrix, new rows in the old rows' type; copies, for saving only."""
-        return torch.cat([self.old, self.new.detach().to(self.old.dtype)])
+        self.new = nn.Parameter(weight.detach()[vocab_old:pieces].float().clone())
+        self.padding = weight.shape[0] - pieces
 
 
 class SplitEmbedding(nn.Module):
@@ -41,7 +54,7 @@ class SplitEmbedding(nn.Module):
 
 
 class SplitHead(nn.Module):
-    """Output head over split rows: hidden [..., H] -> logits [..., V]."""
+    """Output head over split rows: hidden [..., H] -> logits [..., pieces]."""
 
     def __init__(self, rows: SplitRows) -> None:
         super().__init__()
@@ -50,4 +63,7 @@ class SplitHead(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of both parts side by side."""
         new = self.rows.new.to(self.rows.old.dtype)
-        return torch.cat([F.linear(hidden, self.rows.old), F.linear(hidden, new)], dim=-1)
+        if self.rows.padding:
+            new = F.pad(new, (0, 0, 0, self.rows.padding))
+        fresh = F.linear(hidden, new)[..., : self.rows.new.shape[0]]
+        return torch.cat([F.linear(hidden, self.rows.old), fresh], dim=-1)

@@ -10,7 +10,7 @@ from typing import Any
 from altiplano.artifact import MANIFEST, Manifest, open_artifact, require_same_tokenizer
 from altiplano.config.schema import ServeSection
 from altiplano.errors import ArtifactError, MismatchError, ServeError
-from altiplano.model.load import read_config, weight_files
+from altiplano.model.load import PIECES, read_config, weight_files
 from altiplano.serving.engine import CPU_HEAD_SIZES
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -82,8 +82,15 @@ def _check_model(role: str, directory: Path, section: ServeSection) -> Manifest 
             f"the {role} {directory} has no tokenizer ({' or '.join(_TOKENIZER_FILES)}): copy the "
             f"one it was trained with beside its weights"
         )
+    config = read_config(directory)
+    if PIECES in config:
+        raise ServeError(
+            f"the {role} {directory} has {config['vocab_size']} embedding rows for "
+            f"{config[PIECES]} pieces, and the engine would answer with the rest: serve the merged "
+            f"model, which has no padding rows (`altiplano run CONFIG --until merge`)"
+        )
     if section.gpus_per_replica == 0:
-        _check_head_size(role, directory, read_config(directory))
+        _check_head_size(role, directory, config)
     return manifest
 
 

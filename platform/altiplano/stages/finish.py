@@ -170,17 +170,20 @@ def _draft_prompts(work: Work, held_out: dict[str, list[str]]) -> list[list[int]
         return encode_chats(folder, _template(work), asked)[1]
     vocabulary = Vocabulary(folder)
     texts = [text for documents in held_out.values() for text in documents[:25]]
-    return [[vocabulary.bos_id, *vocabulary.encode(t)[:_PROMPT_TOKENS]] for t in texts]
+    start = [vocabulary.bos_id] if vocabulary.bos_id >= 0 else []
+    return [[*start, *vocabulary.encode(t)[:_PROMPT_TOKENS]] for t in texts]
 
 
 def _template(work: Work) -> str:
     """The template of the run's chat data; without any, the one its config names."""
-    from altiplano.data.chat import jinja_template
+    from altiplano.data.chat.encode import make_template
+    from altiplano.vocabulary.load import Vocabulary
 
     if "data-chat" in work.inputs:
         return (work.path("data-chat") / CHAT_TEMPLATE).read_text(encoding="utf-8")
     section = work.project.config.data
-    return jinja_template(section.template, section.system_prompt)
+    vocabulary = Vocabulary(work.path("merge"))
+    return make_template(section.template, section.system_prompt, vocabulary).jinja
 
 
 def _models(work: Work) -> Iterator[tuple[str, Artifact]]:

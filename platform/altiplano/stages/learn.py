@@ -76,17 +76,20 @@ class _Parts:
 
 
 def _train(work: Work, settings: TrainSettings, parts: _Parts) -> TrainOutcome:
+    from altiplano.data.tokens.store import TokenStore
     from altiplano.train.schedule import stream_seed
 
     config = work.project.config
     tokens = work.inputs["tokens"].manifest
+    store_dir = work.path("tokens") / "train"
+    TokenStore.open(store_dir, tokenizer_fingerprint=tokens.tokenizer_fingerprint)
     named = settings.model_copy(update={"name": work.stage.name})
     job = TrainJob(
         settings=named,
         model_dir=parts.model_dir,
         adapter_dirs=parts.adapter_dirs,
         vocab_old=tokens.vocab_old or 0,
-        store_dir=work.path("tokens") / "train",
+        store_dir=store_dir,
         seed=stream_seed(config.seed, work.stage.name),
         run_key=work.run_key,
         num_threads=max(1, int(config.cluster.cpus_per_worker)),

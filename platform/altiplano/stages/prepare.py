@@ -5,16 +5,22 @@ fingerprints belong together; not how pieces, rows or tokens are made.
 """
 
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from altiplano.artifact import require_same_tokenizer
-from altiplano.config.schema import ScratchSection, TextSource
+from altiplano.config.data import ReplaySection, TextSource
+from altiplano.config.schema import ScratchSection
 from altiplano.errors import ModelError
 from altiplano.stages.stage import Work
+from altiplano.train.schedule import stream_seed
 
 if TYPE_CHECKING:
     from altiplano.vocabulary.load import Vocabulary
+
+_UNFINISHED = ".preparing"
+"""Folder of finished parts of unfinished data stages, below the run's output."""
 
 
 def make_world(work: Work) -> None:
@@ -31,15 +37,12 @@ def import_base(work: Work) -> None:
     from safetensors import SafetensorError
 
     from altiplano.model.load import import_model, weights_fingerprint
-    from altiplano.vocabulary.convert import save_tokenizer
-    from altiplano.vocabulary.proto import read_model
 
     section = work.project.config.base_model
     assert section.path is not None
     source = _find_model(work.project.resolve(section.path), section.path)
     import_model(source, work.output, allow_pickle=section.allow_pickle)
-    read_model(source)  # refuses a broken tokenizer.model by its path
-    save_tokenizer((source / "tokenizer.model").read_bytes(), work.output)
+    _import_tokenizer(source, work.output)
     size = _describe_tokenizer(work)
     work.manifest.vocab_old = size
     try:
@@ -52,21 +55,29 @@ def import_base(work: Work) -> None:
     work.manifest.metrics = {"source": section.path, "pieces": size}
 
 
+def _import_tokenizer(source: Path, output: Path) -> None:
+    """A base's tokenizer, of either family, with its chat template."""
+    from altiplano.vocabulary.bytelevel.extend import adopt_bytelevel, is_bytelevel
+    from altiplano.vocabulary.convert import save_tokenizer
+    from altiplano.vocabulary.load import Vocabulary
+    from altiplano.vocabulary.proto import read_model
+
+    if is_bytelevel(source):
+        adopt_bytelevel(source, output)
+        return
+    read_model(source)  # refuses a broken tokenizer.model by its path
+    model = (source / "tokenizer.model").read_bytes()
+    save_tokenizer(model, output, chat_template=Vocabulary(source).chat_template)
+
+
 def train_base_tokenizer(work: Work) -> None:
     """Train the vocabulary of a base model made from scratch."""
-    from altiplano.data.sources import training_texts
     from altiplano.vocabulary.convert import save_tokenizer
     from altiplano.vocabulary.train import train_sentencepiece
 
-    config, scratch = work.project.config, _scratch(work)
+    scratch = _scratch(work)
     model = work.output / "trained.model"
-    texts = training_texts(
-        scratch.text,
-        work.project.resolve,
-        languages=_languages(scratch.text),
-        held_out=config.data.held_out,
-        on_error=config.data.on_error,
-    )
+    texts = _texts(work, scratch.text, _languages(scratch.text))
     train_sentencepiece(
         texts, vocab_size=scratch.tokenizer.vocab_size, output=model, purpose="base"
     )
@@ -77,72 +88,72 @@ def train_base_tokenizer(work: Work) -> None:
     work.manifest.metrics = {"pieces": size}
 
 
-def train_tokenizer(work: Work) -> None:
-    """Train the new pieces and merge them into the base's vocabulary."""
-    from altiplano.data.sources import training_texts
-    from altiplano.vocabulary.convert import save_tokenizer
-    from altiplano.vocabulary.merge import merge_sentencepiece
-    from altiplano.vocabulary.train import train_sentencepiece
+def grow_tokenizer(work: Work) -> None:
+    """Give the base's vocabulary its new pieces, and say what that did to the old language."""
+    from altiplano.stages.grow import grow_bytelevel, grow_sentencepiece, say_gain, say_unchanged
+    from altiplano.vocabulary.characters import piece_wanted
+    from altiplano.vocabulary.load import Vocabulary
 
-    config = work.project.config
-    section = config.tokenizer
-    additions = [Path(work.project.resolve(path)) for path in section.add]
-    if section.vocab_size is not None:
-        added = work.output / "added.model"
-        texts = training_texts(
-            config.data.text,
-            work.project.resolve,
-            languages=section.languages,
-            held_out=config.data.held_out,
-            on_error=config.data.on_error,
-        )
-        train_sentencepiece(
-            texts,
-            vocab_size=section.vocab_size,
-            output=added,
-            model_type=section.model_type,
-            character_coverage=section.character_coverage,
-        )
-        additions.insert(0, added)
-    base = work.inputs["base"]
-    merged = merge_sentencepiece(
-        base.path / "tokenizer.model",
-        additions,
-        scores=section.scores,
-        pad_piece=section.pad_piece,
-        skip_ascii=section.skip_ascii and section.scores == "distinct",
+    config, base = work.project.config, work.inputs["base"]
+    section, data = config.tokenizer, config.data
+    grow = grow_bytelevel if Vocabulary(base.path).family == "bytelevel" else grow_sentencepiece
+    work.manifest.metrics = grow(
+        base.path,
+        work.output,
+        section,
+        lambda: _texts(work, data.text, section.languages),
+        work.project.resolve,
+        stream_seed(config.seed, "tokenizer"),
     )
-    save_tokenizer(merged.proto, work.output, pad_piece=section.pad_piece)
     _describe_tokenizer(work)
     work.manifest.vocab_old = base.manifest.vocab_new
-    work.manifest.metrics = {
-        "pieces_old": merged.old_size,
-        "pieces_added": merged.added,
-        "pieces_new": merged.new_size,
-        "overlap": merged.overlap,
-        "unreachable_left_out": merged.unreachable,
-        "scores": section.scores,
-    }
+    others = [source for source in data.all_text if source.language not in section.languages]
+    own = _texts(work, data.text, section.languages)
+    other_texts = _texts(work, others, _languages(others))
+    work.manifest.metrics |= say_gain(base.path, work.output, own)
+    work.manifest.metrics |= say_unchanged(
+        base.path,
+        work.output,
+        other_texts,
+        lambda char: piece_wanted(char, section.kept_pieces, section.drop),
+    )
+
+
+def _texts(work: Work, sources: Sequence[TextSource], languages: Sequence[str]) -> Iterator[str]:
+    """Cleaned training texts of some languages."""
+    from altiplano.data.reading.sources import training_texts
+
+    data = work.project.config.data
+    return training_texts(
+        sources,
+        work.project.resolve,
+        languages=languages,
+        held_out=data.held_out,
+        on_error=data.on_error,
+        clean=data.clean,
+    )
 
 
 def extend_model(work: Work) -> None:
     """Give the base model a row for every new piece."""
     from altiplano.model.extend import extend_checkpoint
     from altiplano.model.load import copy_tokenizer, weights_fingerprint
-    from altiplano.train.schedule import stream_seed
     from altiplano.vocabulary.load import Vocabulary
+    from altiplano.vocabulary.subpieces import old_subpieces
 
     base, tokenizer = work.inputs["base"], work.inputs["tokenizer"]
     old, new = Vocabulary(base.path), Vocabulary(tokenizer.path)
+    section = work.project.config.extend
     work.manifest.metrics = dict(
         extend_checkpoint(
             base.path,
             work.output,
-            [old_pieces_of(new.piece(i), old) for i in range(old.size, new.size)],
+            old_subpieces(old, new),
             vocab_old=old.size,
-            init=work.project.config.extend.init,
+            init=section.init,
             special_ids=_special_ids(new),
             seed=stream_seed(work.project.config.seed, "extend"),
+            pad_to_multiple=section.pad_to_multiple,
         )
     )
     copy_tokenizer(tokenizer.path, work.output)
@@ -151,57 +162,59 @@ def extend_model(work: Work) -> None:
     work.manifest.weights_fingerprint = weights_fingerprint(work.output)
 
 
-def old_pieces_of(piece: str, old: "Vocabulary") -> list[int]:
-    """Ids the old vocabulary gives a new piece's text, without the `▁` it puts before any text."""
-    if piece.startswith("▁"):
-        return old.encode(piece[1:].replace("▁", " "))
-    ids = old.encode(piece.replace("▁", " "))
-    return ids[1:] if ids and old.piece(ids[0]) == "▁" else ids
-
-
 def prepare_base_text(work: Work) -> None:
     """Tokens for a base model made from scratch."""
-    _prepare_text(work, _scratch(work).text)
+    _prepare_text(work, _scratch(work).text, None)
 
 
 def prepare_text(work: Work) -> None:
     """Tokens for continued pre-training, and the held-out documents."""
-    _prepare_text(work, work.project.config.data.text)
+    data = work.project.config.data
+    _prepare_text(work, data.text, data.replay)
 
 
-def _prepare_text(work: Work, sources: list[TextSource]) -> None:
-    from altiplano.data import prepare
+def _prepare_text(work: Work, sources: Sequence[TextSource], replay: ReplaySection | None) -> None:
+    from altiplano.data.flow import prepare
 
-    section = work.project.config.data
     work.manifest.metrics = prepare.prepare_text(
         sources,
+        replay,
         work.project.resolve,
         work.path("tokenizer"),
-        sequence_length=section.sequence_length,
-        held_out=section.held_out,
-        on_error=section.on_error,
+        section=work.project.config.data,
         output=work.output,
+        scratch=_scratch_dir(work),
     )
     _same_tokenizer_as(work, "tokenizer")
 
 
 def prepare_chat(work: Work) -> None:
     """Tokens for instruction tuning, and the chat template."""
-    from altiplano.data import prepare
+    from altiplano.data.flow import prepare
 
-    section = work.project.config.data
     work.manifest.metrics = prepare.prepare_chat(
-        section.instructions,
+        work.project.config.data,
         work.project.resolve,
         work.path("tokenizer"),
-        template=section.template,
-        system_prompt=section.system_prompt,
-        sequence_length=section.sequence_length,
-        overlong=section.overlong,
-        on_error=section.on_error,
         output=work.output,
+        scratch=_scratch_dir(work),
     )
     _same_tokenizer_as(work, "tokenizer")
+
+
+def _scratch_dir(work: Work) -> Path:
+    """Where finished parts lie until the artifact is in place: an interrupted stage goes on there.
+
+    Parts of the same stage with other settings or inputs are of no use any more.
+    """
+    parts = work.project.output / _UNFINISHED
+    mine = parts / f"{work.stage.name}-{work.run_key[:12]}"
+    for other in parts.glob(f"{work.stage.name}-*"):
+        if other != mine:
+            shutil.rmtree(other, ignore_errors=True)
+    mine.mkdir(parents=True, exist_ok=True)
+    work.spent.append(mine)
+    return mine
 
 
 def init_scratch(work: Work, target: Path) -> None:
@@ -210,7 +223,6 @@ def init_scratch(work: Work, target: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from altiplano.model.load import copy_tokenizer, save_model
-    from altiplano.train.schedule import stream_seed
     from altiplano.vocabulary.load import Vocabulary
 
     require_same_tokenizer(
@@ -247,7 +259,7 @@ def _special_ids(vocabulary: "Vocabulary") -> dict[str, int | None]:
     return {name: value if value >= 0 else None for name, value in ids.items()}
 
 
-def _languages(sources: list[TextSource]) -> list[str]:
+def _languages(sources: Sequence[TextSource]) -> list[str]:
     return sorted({source.language for source in sources})
 
 
@@ -283,7 +295,7 @@ def _find_model(resolved: str, written: str) -> Path:
 def _from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "tokenizer.model"]
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except (OSError, ValueError) as error:

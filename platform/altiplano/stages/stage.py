@@ -5,6 +5,7 @@ inputs. Knows artifacts and sections, not what any stage does. Checking reads ev
 artifact and every source file once.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from altiplano.artifact import (
 from altiplano.config import Project
 from altiplano.console import console, simple_table
 from altiplano.errors import ArtifactError, DataError
-from altiplano.storage import expand, sha256_of
+from altiplano.storage import expand, identity_of
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,14 @@ def _gather_inputs(project: Project, stage: Stage) -> dict[str, Input]:
 
 
 def _file_inputs(project: Project, stage: Stage) -> dict[str, Input]:
-    """Every source file with the hash of its content."""
+    """Every source file with what tells whether it changed."""
     found = {}
     for written in stage.files:
         files = expand(project.resolve(written))
+        shared = os.path.commonpath(files) if len(files) > 1 else ""
         for file in files:
-            role = written if len(files) == 1 else f"{written}#{Path(file).name}"
-            found[f"file:{role}"] = Input(written, sha256_of(file))
+            role = f"{written}#{os.path.relpath(file, shared)}" if shared else written
+            found[f"file:{role}"] = Input(written, identity_of(file))
     return found
 
 
@@ -175,10 +177,18 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _summarise(manifest: Manifest, path: Path) -> None:
     """One table at the end of a stage."""
-    rows = [(name, value) for name, value in manifest.metrics.items() if not _is_nested(value)]
+    rows = [(name, _shown(value)) for name, value in manifest.metrics.items()]
+    rows = [(name, value) for name, value in rows if not _is_nested(value)]
     rows.append(("seconds", manifest.seconds))
     rows.append(("artifact", str(path)))
     console.print(simple_table(manifest.stage, ("", "value"), rows))
+
+
+def _shown(value: object) -> object:
+    """Counts by reason as one line; what holds more stays as it is."""
+    if isinstance(value, dict) and all(isinstance(count, int) for count in value.values()):
+        return ", ".join(f"{name} {count:,}" for name, count in value.items()) or "none"
+    return value
 
 
 def _is_nested(value: object) -> bool:

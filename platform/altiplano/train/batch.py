@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from altiplano.data.store import Batch
+    from altiplano.data.tokens.store import Batch
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from altiplano.data.order import blocks_at
-from altiplano.data.store import TokenStore
+from altiplano.data.tokens.order import blocks_at
+from altiplano.data.tokens.store import TokenStore
 from altiplano.errors import TrainingError
 from altiplano.model.adapt import Trainee
 from altiplano.train.batch import Inputs, make_inputs

@@ -30,7 +30,7 @@ class TrainJob:
     adapter_dirs: tuple[Path, ...]
     """Earlier stages, folded in before training starts."""
     vocab_old: int
-    store_dir: Path
+    store_dir: Path | str
     seed: int
     run_key: str
     """Hash of settings and inputs; a checkpoint of another run is refused."""
@@ -64,7 +64,7 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any]:
 def _train(job: TrainJob, board: Any) -> dict[str, Any]:
     import ray.train
 
-    from altiplano.data.store import TokenStore
+    from altiplano.data.tokens.store import TokenStore
     from altiplano.train.checkpoint import load_checkpoint
     from altiplano.train.loop import make_optimizer, train
     from altiplano.train.schedule import make_schedule

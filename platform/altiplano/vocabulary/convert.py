@@ -7,6 +7,10 @@ template is a string to it). Cost: about 1 s for 50,000 pieces.
 What the fast form cannot do: pieces with equal scores (the `reference` merge) are resolved
 left-most by SentencePiece but by rank in a merge list. `tokenizer_config.json` therefore says, in
 `altiplano_form`, which form an artifact is to be encoded with; see `load.Vocabulary`.
+
+Streaming (vLLM steps a `tokenizers` DecodeStream through the ids): the chunks of any encoded text
+join to the text, and none shows half a character. Ids that no text encodes to can hold a broken
+run of bytes; the whole run then decodes to U+FFFD, and vLLM starts a new stream after it.
 """
 
 import json
@@ -14,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from altiplano.errors import MismatchError
+from altiplano.vocabulary.fastform import CONFIG_FILE, FAST_FILE, added_token
 from altiplano.vocabulary.proto import (
     BPE,
     BYTE,
@@ -31,8 +36,6 @@ from altiplano.vocabulary.proto import (
 
 FORM_KEY = "altiplano_form"
 """Key of `tokenizer_config.json`: "sentencepiece" when both forms agree, else "fast"."""
-FAST_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
 
 
 def save_tokenizer(
@@ -126,7 +129,7 @@ def fast_tokenizer(proto: ModelProto, special: set[str]) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            _added_token(id_, piece.piece)
+            added_token(id_, piece.piece, special=True)
             for id_, piece in enumerate(proto.pieces)
             if piece.type in (CONTROL, UNKNOWN) or piece.piece in special
         ],
@@ -236,16 +239,4 @@ def _bos_template(proto: ModelProto) -> dict[str, Any] | None:
         "single": [token(bos, 0), text("A", 0)],
         "pair": [token(bos, 0), text("A", 0), token(bos, 1), text("B", 1)],
         "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-    }
-
-
-def _added_token(id_: int, content: str) -> dict[str, Any]:
-    return {
-        "id": id_,
-        "content": content,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
     }

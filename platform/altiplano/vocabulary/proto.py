@@ -62,6 +62,20 @@ def copy_model(proto: ModelProto) -> ModelProto:
     return duplicate
 
 
+def open_processor(proto: ModelProto) -> Any:
+    """A `SentencePieceProcessor` of the model."""
+    import sentencepiece as spm
+
+    processor = spm.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(proto.SerializeToString())
+    return processor
+
+
+def piece_scores(proto: ModelProto) -> dict[str, float]:
+    """Scores of the pieces that BPE may merge to."""
+    return {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
+
+
 def tied_pieces(proto: ModelProto) -> int:
     """Number of multi-character NORMAL pieces that share their score with another one.
 

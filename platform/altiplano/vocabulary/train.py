@@ -4,25 +4,27 @@ Two purposes, two sets of conventions: an *addition* (new pieces to merge into a
 vocabulary) and a *base* (the whole tokenizer of a Llama trained from scratch, LLaMA's own
 conventions). It deliberately knows nothing about merging, Hugging Face files or models.
 
-Cost: at most `max_sentences` pieces of text of `_CHUNK_CHARS` characters are held in memory;
-BPE over 4 MB of Chinese takes seconds on one core, unigram about as long.
+Cost: at most `max_lines` pieces of text of `_CHUNK_CHARS` characters are held in memory;
+BPE over 4 MB of Chinese takes seconds on one core, unigram longer.
 """
 
 import io
 import random
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import sentencepiece as spm
 
 from altiplano.errors import DataError, TrainingError
-from altiplano.vocabulary.proto import write_atomically
+from altiplano.vocabulary.proto import SPACE, write_atomically
 
 Purpose = Literal["addition", "base"]
 ModelType = Literal["bpe", "unigram"]
+Normalization = Literal["identity", "nfkc", "nmt_nfkc"]
 
 # SentencePiece silently drops sentences that are longer than a limit; we cut instead of losing.
 _CHUNK_CHARS = 4096
@@ -33,7 +35,7 @@ _NUM_THREADS = 2
 
 # Share of an addition's vocabulary that single characters may take; see `train_sentencepiece`.
 _MAX_CHARACTER_SHARE = 2 / 3
-# Room that characters never take: the 3 control pieces, the space mark and a few words.
+# Room that characters never take: the 3 control pieces, the space mark and a few others.
 _RESERVED_PIECES = 8
 
 _CONVENTIONS: dict[Purpose, dict[str, Any]] = {
@@ -61,14 +63,17 @@ def train_sentencepiece(
     purpose: Purpose = "addition",
     model_type: ModelType = "bpe",
     character_coverage: float = 0.9995,
-    max_sentences: int = 2_000_000,
+    normalization: Normalization = "identity",
+    split_digits: bool = True,
+    max_piece_length: int = 16,
+    words: Sequence[str] = (),
+    max_lines: int = 2_000_000,
     seed: int = 0,
 ) -> None:
     """Train a SentencePiece model on `texts` and write it to `output` (a `.model` file).
 
-    Texts are split at line ends; the identity normaliser is used (so pieces match the text
-    byte for byte, as LLaMA's do) and digits are single pieces. The special ids are unk 0, <s> 1,
-    </s> 2. The same texts, sizes and seed give the same bytes.
+    Texts are split at line ends. The special ids are unk 0, <s> 1, </s> 2. The same texts, sizes
+    and seed give the same bytes.
 
     `bpe` is the default because merged vocabularies are resolved by BPE. Measured on three Chinese
     books and CMRC paragraphs, one line in ten held out, 4,000 pieces merged into LLaMA's: bpe
@@ -81,81 +86,142 @@ def train_sentencepiece(
 
     Args:
         texts: documents or lines; consumed once, as a stream.
-        vocab_size: pieces in the model, *including* 3 control pieces (and 256 bytes for a base).
-            A merge adds `vocab_size - 3 - overlap` pieces.
+        vocab_size: pieces in the model, *including* 3 control pieces and the words (and 256 bytes
+            for a base). A merge adds at most `vocab_size - 3` pieces and the words' helpers.
         output: file to write; its directory is made. Written beside and renamed.
         purpose: "addition" (no byte pieces) or "base" (byte fallback, dummy prefix, runs of spaces
             kept: a complete LLaMA-style tokenizer).
         model_type: "bpe" or "unigram". A base must be "bpe".
         character_coverage: share of character occurrences that single-character pieces cover
             (0.98 to 1 for a base: SentencePiece's own limits).
-        max_sentences: above this many lines a uniform sample of this size is kept (reservoir
-            sampling, Vitter's algorithm R, seeded by `seed`).
+        normalization: SentencePiece's rule for the text an addition learns from. Its pieces are
+            used by the base, which normalises nothing: `nfkc` therefore gives no pieces with
+            full-width letters or `：`, which then stay as the base spells them unless the texts
+            are normalised before they are encoded. A base takes "identity" only.
+        split_digits: every digit is a piece of its own, as in LLaMA.
+        max_piece_length: longest piece in characters.
+        words: domain terms, which become USER_DEFINED pieces of the addition: `merge` makes them
+            whole pieces and no filter leaves them out. A base takes none.
+        max_lines: above this many lines a uniform sample of this size is kept (reservoir sampling,
+            Vitter's algorithm R, seeded by `seed`).
 
     Raises:
         DataError: no text at all.
-        TrainingError: the size asked for is larger or smaller than the corpus allows.
+        TrainingError: the size asked for is larger or smaller than the corpus allows, or a base is
+            asked for what only an addition can have.
     """
-    if purpose == "base" and model_type != "bpe":
-        raise TrainingError(
-            f"a base tokenizer must be of type 'bpe', not {model_type!r}: the fast tokenizer and "
-            "every later merge build on BPE. Use model_type='bpe', or purpose='addition'."
-        )
-    sentences = _sample(_sentences(texts), max_sentences, random.Random(seed))
+    if purpose == "base":
+        _require_base_conventions(model_type, normalization, words)
+    sentences = sample_lines(split_lines(texts), max_lines, random.Random(seed))
     if not sentences:
         raise DataError(
             "the corpus for the tokenizer holds no text (no line with a visible character). "
             "Check the input files."
         )
+    options = {
+        "vocab_size": vocab_size,
+        "model_type": model_type,
+        "normalization_rule_name": normalization,
+        "split_digits": split_digits,
+        "max_sentencepiece_length": max_piece_length,
+        **_CONVENTIONS[purpose],
+    }
     if purpose == "base":
-        model = _fit(sentences, vocab_size, model_type, purpose, character_coverage)
+        model = _fit(sentences, character_coverage, options)
     else:
-        model = _fit_addition(sentences, vocab_size, model_type, character_coverage)
+        options["user_defined_symbols"] = list(dict.fromkeys(words))
+        model = _fit_addition(sentences, character_coverage, options)
     write_atomically(output, model)
 
 
-def _fit_addition(
-    sentences: list[str], vocab_size: int, model_type: ModelType, coverage: float
-) -> bytes:
-    """Train with the limit on characters; where words run out, let characters fill the rest."""
-    limit = int(vocab_size * _MAX_CHARACTER_SHARE)
-    common = _drop_rare_characters(sentences, coverage, limit)
+def read_words(path: Path) -> list[str]:
+    """Read domain terms: UTF-8 (a BOM is fine), one per line; blank lines and repeats are dropped.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8 or holds no word, or a word holds a space
+            or an invisible character; the message names the line.
+    """
     try:
-        return _fit(common, vocab_size, model_type, "addition", 1.0)
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(
+            f"cannot read the words {path}: {error.strerror or error}. Correct `tokenizer.words`."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"the words {path} are not UTF-8 (byte {error.start}). Save the file as UTF-8."
+        ) from error
+    words: dict[str, None] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if word := line.strip():
+            if bad := next((char for char in word if not _is_visible(char)), None):
+                raise DataError(
+                    f"{path}, line {number}: the word {word!r} holds {unicodedata.name(bad, 'the')}"
+                    f" character U+{ord(bad):04X}. Write one term per line, without spaces or "
+                    f"control characters; several words of English are several pieces."
+                )
+            words[word] = None
+    if not words:
+        raise DataError(f"the words {path} hold no word: every line is blank. Add one per line.")
+    return list(words)
+
+
+def _is_visible(char: str) -> bool:
+    """Neither a space, a control or format character, nor a mark SentencePiece keeps to itself."""
+    return unicodedata.category(char)[0] not in "CZ" and char not in (SPACE, "\u2585")
+
+
+def _require_base_conventions(
+    model_type: ModelType, normalization: Normalization, words: Sequence[str]
+) -> None:
+    if model_type != "bpe":
+        raise TrainingError(
+            f"a base tokenizer must be of type 'bpe', not {model_type!r}: the fast tokenizer and "
+            "every later merge build on BPE. Use model_type='bpe', or purpose='addition'."
+        )
+    if normalization != "identity":
+        raise TrainingError(
+            f"a base tokenizer must use the normalisation 'identity', not {normalization!r}: its "
+            "fast form repeats no other. Normalise the texts instead (`data.clean.unicode`)."
+        )
+    if words:
+        raise TrainingError(
+            f"a base tokenizer takes no words ({len(words)} were given, {words[0]!r} first): its "
+            "fast form knows no user-defined pieces. Merge them in afterwards "
+            "(purpose='addition', or the words of a merge)."
+        )
+
+
+def _fit_addition(sentences: list[str], coverage: float, options: dict[str, Any]) -> bytes:
+    """Train with the limit on characters; where words run out, let characters fill the rest."""
+    size = options["vocab_size"]
+    common = _drop_rare_characters(sentences, coverage, int(size * _MAX_CHARACTER_SHARE))
+    try:
+        return _fit(common, 1.0, options)
     except TrainingError:
-        more = _drop_rare_characters(sentences, coverage, vocab_size - _RESERVED_PIECES)
-        return _fit(more, vocab_size, model_type, "addition", 1.0)
+        room = size - _RESERVED_PIECES - len(options["user_defined_symbols"])
+        return _fit(_drop_rare_characters(sentences, coverage, room), 1.0, options)
 
 
-def _fit(
-    sentences: list[str],
-    vocab_size: int,
-    model_type: ModelType,
-    purpose: Purpose,
-    coverage: float,
-) -> bytes:
+def _fit(sentences: list[str], coverage: float, options: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences),
             model_writer=buffer,
-            vocab_size=vocab_size,
-            model_type=model_type,
             character_coverage=coverage,
-            normalization_rule_name="identity",
-            split_digits=True,
             max_sentence_length=4 * _CHUNK_CHARS + 4,
             shuffle_input_sentence=False,
             num_threads=_NUM_THREADS,
             minloglevel=2,
-            **_CONVENTIONS[purpose],
+            **options,
         )
     except RuntimeError as error:
-        raise _explain(error, vocab_size, len(sentences)) from error
+        raise _explain(error, options["vocab_size"], len(sentences)) from error
     return buffer.getvalue()
 
 
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
+def split_lines(texts: Iterable[str]) -> Iterator[str]:
     """Lines of at most `_CHUNK_CHARS` characters that hold something visible."""
     for text in texts:
         for line in text.translate(_RESERVED).splitlines():
@@ -165,7 +231,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
                     yield chunk
 
 
-def _sample(sentences: Iterator[str], limit: int, rng: random.Random) -> list[str]:
+def sample_lines(sentences: Iterator[str], limit: int, rng: random.Random) -> list[str]:
     """A uniform sample of at most `limit` sentences (reservoir; SentencePiece's is unseeded)."""
     kept: list[str] = []
     for index, sentence in enumerate(sentences):

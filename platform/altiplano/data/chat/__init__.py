@@ -1,0 +1,1 @@
+"""Conversations: chat templates, their trained spans, their tokens."""

@@ -1,0 +1,1 @@
+"""Preview: what a model will see, for people."""

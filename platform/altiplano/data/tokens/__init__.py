@@ -1,0 +1,1 @@
+"""Tokens: packed into blocks, stored in shards, read in a seeded order."""
