@@ -17,6 +17,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 _JOBS_PER_CPU = 2
+_LAST_JOBS_S = 60
 _MAX_RETRIES = 3
 """Deaths of a worker that a job survives: it is started again elsewhere."""
 
@@ -26,8 +27,9 @@ def run_in_order(
 ) -> Generator[Result, None, None]:
     """Run `work` on every job, one CPU each; Ray must be initialised.
 
-    Results come while later jobs are running. Closing the iterator stops the jobs. What `work`
-    wants its caller to catch it returns: Ray wraps what it raises.
+    Results come while later jobs are running. Closing the iterator waits for the jobs under way, so
+    that none of them writes a file later. What `work` wants its caller to catch it returns: Ray
+    wraps what it raises.
 
     Args:
         work: a function of a module, so that workers find it.
@@ -45,5 +47,7 @@ def run_in_order(
             running.popleft()
             running.extend(task.remote(job) for job in itertools.islice(waiting, 1))
     finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
+        # Not cancelled: where a task ends just as it is cancelled by force, Ray 2.60 aborts the
+        # driver ("Tried to complete task that was not pending").
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=_LAST_JOBS_S)
