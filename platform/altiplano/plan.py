@@ -92,7 +92,7 @@ def make_plan(project: Project) -> Plan:
             "stages without `steps` make `epochs` passes over their data, whose tokens are counted "
             "when it is prepared"
         )
-    return Plan(config.name, config.cluster.num_workers, vocab_old, vocab_new, stages, notes)
+    return Plan(config.name, config.cluster.worker_range[0], vocab_old, vocab_new, stages, notes)
 
 
 def plan_table(planned: Plan) -> "Group":
@@ -225,7 +225,7 @@ def _plan_stage(
     taught = sum(count_parameters(teacher, vocab_new).values()) if teacher else 0
     length = config.data.sequence_length
     schedule = make_schedule(settings, num_blocks=1, sequence_length=length)
-    blocks_per_worker = -(-schedule.blocks_per_step // config.cluster.num_workers)
+    blocks_per_worker = -(-schedule.blocks_per_step // config.cluster.worker_range[0])
     batch = min(schedule.blocks_per_micro_batch, blocks_per_worker) * length
     trained = sum(trainable.values())
     frozen = sum(parameters.values()) - (trained - trainable["lora"])
@@ -265,7 +265,7 @@ def _activation_bytes(
     values, and four of the MLP's per token and block; attention weights are never kept."""
     keys = shape.num_key_value_heads * shape.head_dim
     block = 6 * shape.hidden_size + 2 * keys + 4 * shape.intermediate_size
-    if settings.gradient_checkpointing:
+    if settings.gradient_checkpointing != "none":
         kept = shape.num_hidden_layers * shape.hidden_size + block
     else:
         kept = shape.num_hidden_layers * block

@@ -151,7 +151,7 @@ def _build_trainee(job: TrainJob, compute: "torch.dtype", attention: str) -> "Tr
     model = load_model(job.model_dir, str(stored).removeprefix("torch."))
     fold_into(model, AdapterStack(job.adapter_dirs, job.vocab_old))
     model.config._attn_implementation = attention
-    if job.settings.gradient_checkpointing:
+    if job.settings.gradient_checkpointing != "none":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return make_trainee(model, job.settings, job.vocab_old, stream_seed(job.seed, "lora"))
