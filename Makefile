@@ -26,10 +26,10 @@ ARGS ?=
 export KEEP
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint format lock clean
+.PHONY: help venv demo test lint format bench-training lock clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
 
 venv: $(INSTALLED) ## Make .venv with the pinned packages
 
@@ -64,6 +64,9 @@ lint: $(INSTALLED) ## Check style, formatting and types
 format: $(INSTALLED) ## Repair style and formatting
 	$(VENV_PYTHON) -m ruff check --fix .
 	$(VENV_PYTHON) -m ruff format .
+
+bench-training: $(INSTALLED) ## Time training against a peer on the shared data (docs/performance.md)
+	PYTHONPATH=platform:. $(VENV_PYTHON) bench/training.py --output runs/bench/training.json $(ARGS)
 
 lock: ## Resolve pyproject.toml into requirements/*.txt anew
 	$(firstword $(LOCK_PYTHONS)) tools/lock.py $(LOCK_PYTHONS)

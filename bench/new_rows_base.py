@@ -14,16 +14,15 @@ from pathlib import Path
 
 import torch
 
-from altiplano.config.training import FullTrainSettings, TrainSettings
+from altiplano.config.training import FullTrainSettings
 from altiplano.data.tokens.pack import Sequences, pack_text
 from altiplano.data.tokens.store import StoreWriter, TokenStore
-from altiplano.evaluate.bits import take_bytes
+from altiplano.data.tokens.windows import take_bytes
 from altiplano.model.adapt import Trainee, make_trainee
+from altiplano.model.attention import DOCUMENTS
 from altiplano.model.load import save_model
-from altiplano.model.loss import summed_cross_entropy
-from altiplano.train.loop import Rank, make_optimizer, train
+from altiplano.train.local import train_here
 from altiplano.train.machine import Machine
-from altiplano.train.schedule import make_schedule
 from altiplano.vocabulary.convert import save_tokenizer
 from altiplano.vocabulary.load import Vocabulary, tokenizer_fingerprint
 from altiplano.vocabulary.train import train_sentencepiece
@@ -114,12 +113,5 @@ def write_store(folder: Path, vocabulary: Vocabulary, texts: Sequence[str]) -> T
 
 def fit(trainee: Trainee, store: TokenStore) -> None:
     """Train in this process, as the trainee's settings say."""
-    settings: TrainSettings = trainee.settings
-    train(
-        trainee, make_optimizer(trainee), store,
-        make_schedule(settings, store.num_blocks, SEQUENCE_LENGTH),
-        machine=Machine(torch.device("cpu"), torch.float32, "sdpa", "bench"),
-        rank=Rank(0, 1, lambda tensor: None), seed=0, start_step=0,
-        objective=lambda t, i: summed_cross_entropy(t.hidden(**i.model), i.labels, t.head),
-        on_step=lambda record: None, on_checkpoint=lambda step: None,
-    )  # fmt: skip
+    machine = Machine(torch.device("cpu"), torch.float32, DOCUMENTS, "bench")
+    train_here(trainee, store, seed=0, machine=machine)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from altiplano.console import console
 from altiplano.data.chat.encode import encode_spans, make_template
+from altiplano.data.tokens.windows import split_windows, take_bytes
 from altiplano.errors import ArtifactError, DataError, MismatchError
 from altiplano.evaluate.acceptance import count_accepted, draft_acceptance
-from altiplano.evaluate.bits import bits_per_byte, split_windows, take_bytes
+from altiplano.evaluate.bits import bits_per_byte
 from altiplano.evaluate.curves import plot_training
 from altiplano.evaluate.generate import greedy_replies
 from altiplano.evaluate.questions import (

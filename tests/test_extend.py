@@ -21,15 +21,15 @@ from altiplano.merge.probe import probe
 from altiplano.model import new_rows as rows_module
 from altiplano.model import stored as stored_module
 from altiplano.model.adapt import load_chain_live, make_trainee
+from altiplano.model.attention import DOCUMENTS
 from altiplano.model.extend import extend_checkpoint
 from altiplano.model.fold import AdapterStack, fold_into
 from altiplano.model.load import EMBEDDING, HEAD, PIECES, load_model, read_config
-from altiplano.model.loss import summed_cross_entropy, summed_distillation
+from altiplano.model.loss import summed_distillation
 from altiplano.model.new_rows import new_rows
 from altiplano.model.stored import read_header
-from altiplano.train.loop import Rank, StepRecord, make_optimizer, train
+from altiplano.train.local import train_here
 from altiplano.train.machine import Machine
-from altiplano.train.schedule import make_schedule
 from tests.helpers.tiny_run import LENGTH, VOCAB_NEW, VOCAB_OLD, write_model, write_store
 
 ADDED = VOCAB_NEW - VOCAB_OLD
@@ -242,16 +242,8 @@ def learn(folder: Path, store: Path, target: Path, what: dict, chain: tuple = ()
     model = load_model(folder)
     fold_into(model, AdapterStack(chain, VOCAB_OLD))
     trainee = make_trainee(model, settings, VOCAB_OLD, seed=1)
-    blocks = TokenStore.open(store)
-    records: list[StepRecord] = []
-    train(
-        trainee, make_optimizer(trainee), blocks,
-        make_schedule(settings, blocks.num_blocks, LENGTH),
-        machine=Machine(torch.device("cpu"), torch.float32, "sdpa", "test"),
-        rank=Rank(0, 1, lambda tensor: None), seed=5, start_step=0,
-        objective=lambda t, i: summed_cross_entropy(t.hidden(**i.model), i.labels, t.head, 16),
-        on_step=records.append, on_checkpoint=lambda step: None,
-    )  # fmt: skip
+    machine = Machine(torch.device("cpu"), torch.float32, DOCUMENTS, "test")
+    records, _ = train_here(trainee, TokenStore.open(store), seed=5, machine=machine)
     trainee.save(target)
     return [record.loss for record in records]
 

@@ -1,4 +1,4 @@
-"""Counts against real models and published numbers; plans from configs alone."""
+"""Plans from configs alone, and their memory against live tensors."""
 
 import json
 from collections.abc import Callable
@@ -8,122 +8,23 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from altiplano.config import Project, load_config
 from altiplano.config.training import LoraSettings, TrainSettings
-from altiplano.model.adapt import make_trainee
+from altiplano.errors import ConfigError, ModelError
+from altiplano.model.adapt import Trainee, make_trainee
 from altiplano.model.counts import LlamaShape, count_parameters, trainable_parameters
-from altiplano.plan import make_plan, plan_table
+from altiplano.plan import StagePlan, explain_oom, make_plan, plan_table
+from altiplano.plan import memory as plan_memory
+from altiplano.plan.memory import Load, Sharing, worker_memory
 
 LLAMA_7B = LlamaShape(4096, 11008, 32, 32, 32, 128)
-LLAMA_13B = LlamaShape(5120, 13824, 40, 40, 40, 128)
-LLAMA_1B3 = LlamaShape(4096, 11008, 4, 32, 32, 128)
 
 
 def total(counts: dict[str, int]) -> int:
     """Sum over the components."""
     return sum(counts.values())
-
-
-@pytest.mark.parametrize(
-    ("shape", "vocab", "expected"),
-    [
-        (LLAMA_7B, 32000, 6_738_415_616),
-        (LLAMA_7B, 49953, 6_885_486_592),
-        (LLAMA_7B, 49954, 6_885_494_784),
-        (LLAMA_7B, 55296, 6_929_256_448),
-        (LLAMA_1B3, 55296, 1_262_522_368),
-    ],
-)
-def test_published_sizes(shape: LlamaShape, vocab: int, expected: int) -> None:
-    assert total(count_parameters(shape, vocab)) == expected
-
-
-@pytest.mark.parametrize(
-    ("shape", "vocab", "settings", "expected"),
-    [
-        (LLAMA_7B, 49953, {"rows": "all", "r": 8}, 429_203_456),
-        (LLAMA_7B, 49954, {"rows": "all", "r": 8}, 429_211_648),
-        (LLAMA_7B, 55296, {"rows": "all", "r": 64}, 612_892_672),
-        (LLAMA_13B, 55296, {"rows": "all", "r": 64}, 816_578_560),
-        (LLAMA_7B, 32000, {"rows": "none", "r": 8}, 19_988_480),
-        (LLAMA_7B, 32000, {"rows": "none", "r": 8, "modules": ["q_proj", "v_proj"]}, 4_194_304),
-        (LLAMA_7B, 49953, {"rows": "new"}, 2 * (49953 - 32000) * 4096),
-    ],
-)
-def test_published_trainable_counts(
-    shape: LlamaShape, vocab: int, settings: dict[str, Any], expected: int
-) -> None:
-    found = trainable_parameters(shape, 32000, vocab, make_settings(**settings))
-    assert total(found) == expected
-
-
-def test_published_embedding_alone() -> None:
-    settings = TrainSettings(rows="all")
-    assert trainable_parameters(LLAMA_7B, 32000, 49953, settings)["embedding"] == 204_607_488
-
-
-def make_settings(rows: str, r: int | None = None, modules: list[str] | None = None) -> Any:
-    """Settings with the few values that matter for counts."""
-    lora: dict[str, Any] | None = None
-    if r is not None:
-        lora = {"r": r} if modules is None else {"r": r, "modules": modules}
-    return TrainSettings.model_validate({"rows": rows, "lora": lora})
-
-
-@given(
-    heads=st.sampled_from([(4, 4), (4, 2), (4, 1)]),
-    head_dim=st.sampled_from([None, 8, 16]),
-    tied=st.booleans(),
-    biases=st.tuples(st.booleans(), st.booleans()),
-    layers=st.integers(1, 3),
-)
-def test_counts_equal_those_of_a_real_model(
-    heads: tuple[int, int],
-    head_dim: int | None,
-    tied: bool,
-    biases: tuple[bool, bool],
-    layers: int,
-) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=44, num_hidden_layers=layers,
-        num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=head_dim,
-        tie_word_embeddings=tied, attention_bias=biases[0], mlp_bias=biases[1],
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    shape = LlamaShape.from_config(config.to_dict())
-    assert total(count_parameters(shape, 50)) == sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        TrainSettings(full=True),
-        TrainSettings(rows="new"),
-        TrainSettings(rows="all", lora=LoraSettings(r=3)),
-        TrainSettings(rows="none", lora=LoraSettings(r=2, modules=["k_proj", "down_proj"])),
-    ],
-)
-def test_trainable_counts_equal_what_is_trained(
-    tiny_llama: Callable[..., Any], settings: TrainSettings, tied: bool
-) -> None:
-    model = tiny_llama(320, tied=tied)
-    shape = LlamaShape.from_config(model.config.to_dict())
-    found = trainable_parameters(shape, 300, 320, settings)
-    trained = make_trainee(model, settings, 300, seed=0).trainable()
-    assert total(found) == sum(parameter.numel() for parameter in trained.values())
-    lora = sum(p.numel() for name, p in trained.items() if "lora_" in name)
-    assert found["lora"] == lora
-
-
-# ---------------------------------------------------------------- plans
 
 
 CONFIG: dict[str, Any] = {
@@ -245,8 +146,11 @@ def test_less_memory_with_checkpointing_and_bfloat16(tmp_path: Path) -> None:
     wide, narrow = memory(precision="float32"), memory(precision="bfloat16")
     assert narrow["weights"] < wide["weights"]
     assert narrow["optimizer"] == wide["optimizer"]
-    assert 2 * narrow["activations"] == wide["activations"]
-    assert memory(gradient_checkpointing="full")["activations"] < wide["activations"]
+    full, half = (
+        memory(gradient_checkpointing=mode)["activations"] for mode in ("full", "selective")
+    )
+    assert full < half < wide["activations"]
+    assert narrow["activations"] < wide["activations"]
 
 
 def test_the_table_shows_stages_and_totals(tmp_path: Path) -> None:
@@ -260,3 +164,239 @@ def test_the_table_shows_stages_and_totals(tmp_path: Path) -> None:
     assert [cell.strip() for cell in rows["tokens"].split("│")[2:5]] == ["20,480", "-", "81,920"]
     assert "teacher" in rows
     assert "note: the new vocabulary holds at most 713" in captured.get()
+    assert "▁" in rows["over the steps"] and "█" in rows["over the steps"]
+
+
+# ---------------------------------------------------------------- known before it exists
+
+
+SHAPE = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32,
+}  # fmt: skip
+
+
+def test_a_published_shape_and_vocabulary_need_nothing_on_disk(tmp_path: Path) -> None:
+    known = {"path": "models/llama-7b", "shape": SHAPE}
+    planned = make_plan(
+        load(tmp_path, base_model=known, tokenizer={"add": ["zh.model"], "pieces": 49953})
+    )
+    assert total(planned.stages[0].trainable) == 2 * 17953 * 4096
+    assert not any("at most" in note or "zh.model" in note for note in planned.notes)
+    kept = make_plan(load(tmp_path, base_model=known, tokenizer={"unchanged": True}))
+    assert kept.vocab_new_at_most == kept.vocab_old == 32000
+    with pytest.raises(ConfigError, match="31999, the base alone has 32000"):
+        make_plan(load(tmp_path, base_model=known, tokenizer={"vocab_size": 50, "pieces": 31999}))
+
+
+def test_a_base_on_disk_must_have_the_shape_it_is_said_to_have(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**SHAPE, "hidden_size": 2048}))
+    with pytest.raises(ModelError, match="hidden_size is 2048, not 4096"):
+        make_plan(load(tmp_path, base_model={"path": "base", "shape": SHAPE}))
+
+
+def test_the_learning_rate_is_shown_before_it_is_used(tmp_path: Path) -> None:
+    stage = {"name": "a", "steps": 100, "warmup_ratio": 0.1, "min_lr_ratio": 0.1}
+    planned = make_plan(load(tmp_path, pretrain={"stages": [stage, {**stage, "name": "b"}]}))
+    found = planned.stages[1]
+    assert found.learning_rates is not None
+    assert found.learning_rates[0] == (0, pytest.approx(1e-4))
+    assert dict(found.learning_rates)[10] == pytest.approx(1e-3)
+    assert max(found.learning_rate_shape) <= 1
+    unknown = make_plan(load(tmp_path, sft={"rows": "none", "lora": {}, "warmup_steps": 100}))
+    assert unknown.stages[3].learning_rates is None
+    assert unknown.stages[3].learning_rate_shape[0] < 0.1 < unknown.stages[3].learning_rate_shape[3]
+
+
+# ---------------------------------------------------------------- memory against live tensors
+
+
+SETTINGS = [
+    {"full": True},
+    {"rows": "new"},
+    {"rows": "all", "lora": {"r": 4}},
+    {"rows": "none", "lora": {"r": 4, "modules": ["q_proj", "v_proj"]}},
+    {"rows": "new", "row_matrices": "embedding", "lora": {"r": 4, "dropout": 0.1}},
+]
+
+
+def planned_memory(trainee: Trainee, batch_tokens: int, precision: str) -> dict[str, int]:
+    """What the plan says of a live trainee of 320 rows, alone on a CPU."""
+    shape = LlamaShape.from_config(trainee.model.config.to_dict())
+    settings = trainee.settings.model_copy(update={"precision": precision})
+    trainable = trainable_parameters(shape, 300, 320, settings)
+    load = Load(shape, count_parameters(shape, 320), trainable, 320, batch_tokens, 0)
+    return worker_memory(settings, load, Sharing(1, "ddp", offload=False, on_gpu=False))[0]
+
+
+def held(tensors: list[torch.Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("given", SETTINGS, ids=str)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_weights_gradients_and_optimizer_are_what_lives(
+    tiny_llama: Callable[..., Any], given: dict[str, Any], precision: str
+) -> None:
+    settings = TrainSettings.model_validate(given)
+    model = tiny_llama(320).to(getattr(torch, precision))
+    trainee = make_trainee(model, settings, 300, seed=0)
+    parameters = list(trainee.trainable().values())
+    optimizer = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = [
+        state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
+    ]
+    weights = [
+        *model.parameters(),
+        *(buffer for name, buffer in model.named_buffers() if "inv_freq" not in name),
+    ]
+    found = planned_memory(trainee, 64, precision)
+    assert found["weights"] == held(weights)
+    assert found["gradients"] == held([p.grad for p in parameters if p.grad is not None])
+    assert found["optimizer"] == held(moments)
+
+
+@pytest.mark.parametrize("given", SETTINGS, ids=str)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_activations_are_about_what_autograd_saves(
+    tiny_llama: Callable[..., Any], given: dict[str, Any], precision: str
+) -> None:
+    tokens = 512
+    model = tiny_llama(320).to(getattr(torch, precision))
+    trainee = make_trainee(model.train(), TrainSettings.model_validate(given), 300, seed=0)
+    saved = saved_bytes(trainee, tokens, narrow=precision == "bfloat16")
+    found = planned_memory(trainee, tokens, precision)
+    assert 0.7 < (found["activations"] + found["narrow copies"]) / saved < 1.4
+
+
+def saved_bytes(trainee: Trainee, tokens: int, *, narrow: bool) -> int:
+    """Bytes of the different storages that the body's backward pass keeps, without parameters."""
+    own = {p.untyped_storage().data_ptr() for p in trainee.model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow),
+    ):
+        states = trainee.hidden(input_ids=torch.randint(0, 320, (1, tokens)))
+    assert states.requires_grad
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_quantised_weights_take_the_bytes_that_are_planned(
+    tiny_llama: Callable[..., Any], bits: Any
+) -> None:
+    from altiplano.model.quantize import quantize_blocks
+
+    model = tiny_llama(320).to(torch.bfloat16)
+    shape = LlamaShape.from_config(model.config.to_dict())
+    quantize_blocks(model, bits)
+    stored = list(model.parameters())
+    scales = [getattr(p, "quant_state", None) or getattr(p, "SCB", None) for p in stored]
+    settings = TrainSettings(
+        rows="none", lora=LoraSettings(r=4), quantize=bits, precision="bfloat16"
+    )
+    trainable = trainable_parameters(shape, 300, 320, settings)
+    load_ = Load(shape, count_parameters(shape, 320), trainable, 320, 64, 0)
+    sharing = Sharing(1, "ddp", offload=False, on_gpu=False)
+    found = worker_memory(settings, load_, sharing)[0]["weights"] - 4 * trainable["lora"]
+    assert any(scale is not None for scale in scales)
+    assert held(stored) <= found <= 1.05 * held(stored)
+
+
+def stage_of_7b(workers: int = 8, **cluster: Any) -> dict[str, dict[str, int]]:
+    """Device and host memory of a full training of LLaMA-7B on GPUs."""
+    settings = TrainSettings(full=True)
+    counts = count_parameters(LLAMA_7B, 32000)
+    load_ = Load(LLAMA_7B, counts, {**counts, "lora": 0}, 32000, 4096, 0)
+    sharing = Sharing(workers, cluster.get("strategy", "ddp"), cluster.get("offload", False), True)
+    device, host = worker_memory(settings, load_, sharing)
+    return {"device": device, "host": host}
+
+
+def test_each_strategy_shares_what_it_says() -> None:
+    alone = stage_of_7b()["device"]
+    shared = {f"zero{n}": stage_of_7b(strategy=f"zero{n}")["device"] for n in (1, 2, 3)}
+    for name, divided in (("optimizer", 1), ("gradients", 2), ("weights", 3)):
+        for stage in (1, 2, 3):
+            found = shared[f"zero{stage}"][name]
+            assert (found < alone[name] / 4) == (stage >= divided)
+    assert shared["zero3"]["gathered"] > 0 == shared["zero2"]["gathered"]
+    assert total(shared["zero3"]) < total(shared["zero2"]) < total(alone)
+
+
+def test_what_is_offloaded_leaves_the_device() -> None:
+    here = stage_of_7b(strategy="zero3")
+    away = stage_of_7b(strategy="zero3", offload=True)
+    assert here["host"] == {}
+    assert set(away["host"]) == {"weights", "gradients", "optimizer"}
+    assert total(away["device"]) + total(away["host"]) == total(here["device"])
+    assert set(stage_of_7b(strategy="zero1", offload=True)["host"]) == {"optimizer"}
+
+
+def test_running_out_of_memory_names_the_part_and_the_key(tmp_path: Path) -> None:
+    stage = make_plan(load(tmp_path)).stages[0]
+
+    def told(largest: str) -> str:
+        sizes = {**stage.memory_bytes, largest: 2**40}
+        return explain_oom(StagePlan(**{**vars(stage), "memory_bytes": sizes}))
+
+    assert "activations (1.02e+03 GiB): recompute them (`gradient_checkpointing: full`)" in told(
+        "activations"
+    )
+    assert "`cluster.strategy: zero1`" in told("optimizer")
+    for part in stage.memory_bytes:
+        assert part in told(part)
+
+
+def test_the_loss_makes_as_many_logits_as_the_plan_counts() -> None:
+    from altiplano.model import loss
+
+    assert plan_memory.LOSS_CHUNK_TOKENS == loss.CHUNK_TOKENS
+
+
+TINY_SHAPE = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 3, "num_attention_heads": 2,
+}  # fmt: skip
+
+
+def test_a_calibration_times_every_stage(tmp_path: Path) -> None:
+    from altiplano.plan.calibrate import calibrate, speed_lines
+
+    short = {"precision": "float32", "micro_batch_tokens": 64}
+    project = load(
+        tmp_path,
+        data={"text": CONFIG["data"]["text"], "sequence_length": 32},
+        pretrain={"stages": [{**short, "name": "rows"}]},
+        sft=None,
+        draft={"layers": 1, "train": {**short, "steps": 20, "tokens_per_step": 1024}},
+        base_model={"path": "base", "shape": TINY_SHAPE},
+    )
+    planned = make_plan(project)
+    speeds = calibrate(project, planned)
+    assert [speed.stage for speed in speeds] == [stage.name for stage in planned.stages]
+    assert all(speed.tokens_per_s > 0 for speed in speeds)
+    rows, draft = speeds
+    assert draft.hours == pytest.approx(20 * 1024 / (2 * draft.tokens_per_s) / 3600)
+    assert rows.hours is None
+    assert "2 such workers" in speed_lines(speeds, 2)[-1]
+
+
+def test_a_calibration_for_gpus_needs_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from altiplano.plan.calibrate import calibrate
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    project = load(tmp_path, cluster={"gpus_per_worker": 1})
+    with pytest.raises(ConfigError, match="no GPU to time"):
+        calibrate(project, make_plan(project))

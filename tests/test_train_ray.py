@@ -18,14 +18,14 @@ from altiplano.config.schema import ClusterSection
 from altiplano.config.training import LoraSettings, TrainSettings
 from altiplano.data.tokens.store import TokenStore
 from altiplano.errors import TrainingError
-from altiplano.model.adapt import Trainee, make_trainee
+from altiplano.model.adapt import make_trainee
+from altiplano.model.attention import DOCUMENTS
 from altiplano.model.load import load_model
-from altiplano.model.loss import summed_cross_entropy
-from altiplano.train.batch import Inputs
-from altiplano.train.loop import Rank, StepRecord, make_optimizer, train
+from altiplano.train.follow import LOG, read_log
+from altiplano.train.local import train_here
 from altiplano.train.machine import Machine
-from altiplano.train.run import LOG, read_log, run_training
-from altiplano.train.schedule import make_schedule, stream_seed
+from altiplano.train.run import run_training
+from altiplano.train.schedule import stream_seed
 from altiplano.train.worker import TrainJob
 from tests.helpers.command import Command
 from tests.helpers.tiny_config import training, write_imported_run
@@ -59,22 +59,16 @@ def job(tmp_path: Path) -> TrainJob:
 
 def losses_without_ray(job: TrainJob) -> list[float]:
     """The uninterrupted run of one worker in this process: what every other run must equal."""
-    records: list[StepRecord] = []
     trainee = make_trainee(
         load_model(job.model_dir), job.settings, job.vocab_old, stream_seed(job.seed, "lora")
     )
-    store = TokenStore.open(job.store_dir)
-
-    def objective(trainee: Trainee, inputs: Inputs) -> torch.Tensor:
-        return summed_cross_entropy(trainee.hidden(**inputs.model), inputs.labels, trainee.head)
-
-    train(
-        trainee, make_optimizer(trainee), store,
-        make_schedule(job.settings, store.num_blocks, store.sequence_length),
-        machine=Machine(torch.device("cpu"), torch.float32, "sdpa", "test"),
-        rank=Rank(0, 1, lambda tensor: None), seed=job.seed, start_step=0, objective=objective,
-        on_step=records.append, on_checkpoint=lambda step: None,
-    )  # fmt: skip
+    machine = Machine(
+        torch.device("cpu"),
+        torch.float32,
+        DOCUMENTS,
+        "test",
+    )
+    records, _ = train_here(trainee, TokenStore.open(job.store_dir), seed=job.seed, machine=machine)
     return [record.loss for record in records]
 
 
@@ -108,8 +102,8 @@ def test_two_ray_workers_train_as_one_does_without_ray(
 
 
 def has_come_far(work_dir: Path) -> bool:
-    """Whether the third checkpoint is being written, so that Ray has surely noted the first."""
-    return any(int(path.name[-8:]) >= 9 for path in work_dir.glob("checkpoint-*"))
+    """Whether the third checkpoint is there."""
+    return any(int(path.name[-8:]) >= 9 for path in work_dir.glob("states/step-*"))
 
 
 def kill_first_worker(work_dir: Path) -> None:
@@ -163,7 +157,7 @@ def test_more_than_the_cluster_has_is_refused_at_once(
     job: TrainJob, tmp_path: Path, ray_cluster: dict[str, str], asked: dict, named: str
 ) -> None:
     with pytest.raises(TrainingError, match=f"training needs {named}.*the cluster has"):
-        run_training(job, ClusterSection(**asked), tmp_path / "work")
+        run_training(job, ClusterSection(wait_s=0, **asked), tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
 

@@ -118,11 +118,14 @@ def plan(
     config: ConfigArgument,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    timed: Annotated[
+        bool, typer.Option("--calibrate", help="Time one block here, and estimate the speed.")
+    ] = False,
 ) -> None:
     """What a config will train, and what it will take, before anything is started."""
     from altiplano import commands
 
-    commands.plan(_load(config, overrides), as_json=as_json)
+    commands.plan(_load(config, overrides), as_json=as_json, timed=timed)
 
 
 @app.command()

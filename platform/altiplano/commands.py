@@ -4,6 +4,7 @@ Knows every room by name and none in detail.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from altiplano.artifact import open_artifact
@@ -109,15 +110,26 @@ def verify(paths: list[Path]) -> None:
         raise AltiplanoError("\n".join(problems))
 
 
-def plan(project: Project, *, as_json: bool) -> None:
-    """Print what will be trained and what it takes."""
+def plan(project: Project, *, as_json: bool, timed: bool = False) -> None:
+    """Print what will be trained and what it takes; with `timed`, how fast it would be here."""
     from altiplano.plan import make_plan, plan_table
 
     made = make_plan(project)
+    speeds = []
+    if timed:
+        from altiplano.plan.calibrate import calibrate
+
+        speeds = calibrate(project, made)
     if as_json:
-        print(json.dumps(made.to_json(), indent=2))
-    else:
-        console.print(plan_table(made))
+        speed = {"speed": [asdict(found) for found in speeds]} if timed else {}
+        print(json.dumps(made.to_json() | speed, indent=2))
+        return
+    console.print(plan_table(made))
+    if timed:
+        from altiplano.plan.calibrate import speed_lines
+
+        for line in speed_lines(speeds, made.num_workers):
+            console.print(line)
 
 
 def show_report(project: Project) -> None:

@@ -34,5 +34,9 @@ class TrainingError(AltiplanoError):
     """A training run stopped because going on would be useless."""
 
 
+class MemoryShortageError(TrainingError):
+    """A worker ran out of memory."""
+
+
 class ServeError(AltiplanoError):
     """The service cannot start or cannot be reached."""

@@ -8,6 +8,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
@@ -29,7 +30,9 @@ _READING = {"clean", "held_out", "on_error"}
 def build_stages(project: Project) -> list[Stage]:
     """All stages of a config, in the order they run."""
     config = project.config
-    stages = [*_base_stages(project), *_vocabulary_stages(project), _text_stage(project)]
+    stages = [*_base_stages(project), *_vocabulary_stages(project)]
+    if config.data.text:
+        stages.append(_text_stage(project))
     if config.sft:
         stages.append(_chat_stage(project))
     model, adapters = "extend", list[str]()
@@ -162,7 +165,7 @@ def _base_stages(project: Project) -> list[Stage]:
             "base-data", "base", "tokens", {**reading, "sequence_length": data.sequence_length},
             prepare.prepare_base_text, {**world, "tokenizer": "base-tokenizer"}, files,
         ),
-        Stage(
+        _measured(Stage(
             "base", "base", "model",
             {
                 "shape": scratch.shape.model_dump(mode="json"),
@@ -170,7 +173,7 @@ def _base_stages(project: Project) -> list[Stage]:
                 "seed": config.seed,
             },
             learn.train_base, {"tokenizer": "base-tokenizer", "tokens": "base-data"},
-        ),
+        ), config, scratch.train),
     ]  # fmt: skip
 
 
@@ -184,24 +187,34 @@ def _import_stage(project: Project) -> Stage:
 
 
 def _vocabulary_stages(project: Project) -> list[Stage]:
-    config, section = project.config, project.config.tokenizer
-    settings = {**section.model_dump(mode="json"), "seed": config.seed}
-    sources = config.data.all_text
-    settings["text"] = [source.model_dump(mode="json") for source in sources]
-    settings |= config.data.model_dump(mode="json", include=_READING)
-    words = (section.words,) if section.words else ()
-    files = (*_files(project, sources), *section.add, *words)
+    config = project.config
     extend = {**config.extend.model_dump(mode="json"), "seed": config.seed}
     return [
-        Stage(
-            "tokenizer", "tokenizer", "tokenizer", settings, prepare.grow_tokenizer,
-            {**_world_need(config), "base": "base"}, files,
-        ),
+        _tokenizer_stage(project),
         Stage(
             "extend", "extend", "model", extend, prepare.extend_model,
             {"base": "base", "tokenizer": "tokenizer"},
         ),
     ]  # fmt: skip
+
+
+def _tokenizer_stage(project: Project) -> Stage:
+    config, section = project.config, project.config.tokenizer
+    settings = section.model_dump(mode="json")
+    needs: dict[str, str] = {}
+    files: tuple[str, ...] = ()
+    if not section.unchanged:
+        sources = config.data.all_text
+        settings["seed"] = config.seed
+        settings["text"] = [source.model_dump(mode="json") for source in sources]
+        settings |= config.data.model_dump(mode="json", include=_READING)
+        words = (section.words,) if section.words else ()
+        needs = _world_need(config)
+        files = (*_files(project, sources), *section.add, *words)
+    return Stage(
+        "tokenizer", "tokenizer", "tokenizer", settings, prepare.grow_tokenizer,
+        {**needs, "base": "base"}, files,
+    )  # fmt: skip
 
 
 def _text_stage(project: Project) -> Stage:
@@ -256,7 +269,7 @@ def _train_stage(
     tokens = "data-chat" if verb == "sft" else "data-text"
     needs = {**_chain_needs(model, adapters), "tokens": tokens}
     section = {"train": settings.model_dump(mode="json"), "seed": config.seed}
-    return Stage(name, verb, kind, section, learn.train_stage, needs)
+    return _measured(Stage(name, verb, kind, section, learn.train_stage, needs), config, settings)
 
 
 def _extend_chain(
@@ -279,7 +292,22 @@ def _draft_stage(config: Config) -> Stage:
     tokens = "data-chat" if config.sft else "data-text"
     section = {**config.draft.model_dump(mode="json"), "seed": config.seed}
     needs = {"target": "merge", "tokens": tokens}
-    return Stage("draft", "draft", "model", section, learn.train_draft, needs)
+    stage = Stage("draft", "draft", "model", section, learn.train_draft, needs)
+    return _measured(stage, config, config.draft.train)
+
+
+def _measured(stage: Stage, config: Config, settings: TrainSettings) -> Stage:
+    """A training stage with what it is measured on and what it begins with among its inputs."""
+    needs, section, files = dict(stage.needs), dict(stage.section), stage.files
+    if settings.evaluate_steps is not None:
+        # A base from scratch holds texts of its own out.
+        if stage.name != "base":
+            needs["held_out"] = "data-text"
+        section["held_out_bytes"] = config.evaluate.max_bytes_per_language
+    if settings.begin is not None:
+        # Its manifest tells every other file's hash.
+        files = (*files, f"{settings.begin.path}/manifest.json")
+    return replace(stage, needs=needs, section=section, files=files)
 
 
 def _evaluate_stage(config: Config, stages: Sequence[Stage]) -> Stage:

@@ -6,8 +6,9 @@ remote ones import the protocol's own library.
 
 import glob
 import hashlib
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -109,6 +110,15 @@ def _remote(path: str) -> Iterator[tuple["AbstractFileSystem", str]]:
     # Every protocol's library has a family of errors of its own.
     except Exception as error:
         raise DataError(f"cannot read {path}: {error or type(error).__name__}") from error
+
+
+def delete_folder(path: str) -> None:
+    """Delete a folder that has done its work, or an fsspec URL's; what cannot be deleted stays."""
+    if not is_remote(path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(DataError), _remote(path) as (filesystem, inner):
+        filesystem.rm(inner, recursive=True)
 
 
 def sha256_of(path: str | Path) -> str:

@@ -70,11 +70,35 @@ class ScratchSection(Section):
     """How it is trained; all parameters are."""
 
 
+class PublishedShape(Section):
+    """Shape of a base model as published (names as in its config.json)."""
+
+    vocab_size: int = Field(ge=1)
+    """Pieces of its vocabulary, which are its rows of embedding and head."""
+    hidden_size: int = Field(ge=1)
+    """Width of the residual stream."""
+    intermediate_size: int = Field(ge=1)
+    """Width of the gated MLP."""
+    num_hidden_layers: int = Field(ge=1)
+    """Number of blocks."""
+    num_attention_heads: int = Field(ge=1)
+    """Query heads."""
+    num_key_value_heads: int | None = Field(None, ge=1)
+    """Key/value heads; as many as query heads by default."""
+    head_dim: int | None = Field(None, ge=1)
+    """Width of a head; hidden_size / heads by default."""
+    tie_word_embeddings: bool = False
+    """Whether the head is the embedding."""
+
+
 class BaseModelSection(Section):
     """The model to teach: a directory, a hub id, or one made from scratch. Give exactly one."""
 
     path: str | None = None
     """Hugging Face directory (safetensors + tokenizer.model), fsspec URL, or hub id."""
+    shape: PublishedShape | None = None
+    """What the model at `path` should be: `altiplano plan` uses it where the model is not on disk,
+    and a model of another shape is refused."""
     scratch: ScratchSection | None = None
     """Train a tiny base model as the first stage."""
     allow_pickle: bool = False
@@ -84,7 +108,13 @@ class BaseModelSection(Section):
     def _one_origin(self) -> Self:
         if (self.path is None) == (self.scratch is None):
             raise ValueError("give exactly one of `path` and `scratch`")
+        if self.shape is not None and self.scratch is not None:
+            raise ValueError("`shape` describes the model at `path`: `scratch` has its own")
         return self
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 class TokenizerSection(Section):
@@ -94,6 +124,11 @@ class TokenizerSection(Section):
     (Llama-3, Qwen) gets merges learned on top of its own.
     """
 
+    unchanged: bool = False
+    """Keep the base's vocabulary as it is: there are no new pieces and no new rows."""
+    pieces: int | None = Field(None, ge=1)
+    """How many pieces the finished vocabulary has: `altiplano plan` counts with it before the
+    vocabulary exists, and making one of another size is an error."""
     vocab_size: int | None = Field(None, ge=16)
     """Pieces to train on the texts of `languages` (before pieces the base has are dropped)."""
     languages: list[str] = ["zh"]
@@ -133,10 +168,16 @@ class TokenizerSection(Section):
     @model_validator(mode="after")
     def _something_to_add(self) -> Self:
         problems = []
-        if self.vocab_size is None and not self.add and self.words is None:
+        adding = [
+            name for name in ("vocab_size", "add", "words", "pad_piece") if getattr(self, name)
+        ]
+        if not adding and not self.unchanged:
             problems.append(
-                "give `vocab_size` (train new pieces), `add` (merge trained models) or `words`"
+                "give `vocab_size` (train new pieces), `add` (merge trained models), `words` or "
+                "`pad_piece`, or keep the base's vocabulary with `unchanged: true`"
             )
+        if adding and self.unchanged:
+            problems.append(f"`unchanged` adds nothing: drop {_listed(adding)}")
         changed = [
             name
             for name, given in (
@@ -150,7 +191,7 @@ class TokenizerSection(Section):
         if self.scores == "reference" and changed:
             problems.append(
                 f"`scores: reference` repeats the published merge byte for byte: drop "
-                f"{', '.join(f'`{name}`' for name in changed)}, or use `scores: distinct`"
+                f"{_listed(changed)}, or use `scores: distinct`"
             )
         if problems:
             raise ValueError("; ".join(problems))
@@ -335,7 +376,7 @@ class TrackSection(Section):
     """
 
     wandb_project: str | None = None
-    """Weights & Biases project; needs the `track` extra and WANDB_API_KEY (or WANDB_MODE=offline)."""
+    """Weights & Biases project; needs the `track` extra and WANDB_API_KEY."""
     mlflow_uri: str | None = None
     """MLflow tracking address, or a directory; needs the `track` extra."""
     profile_steps: tuple[int, int] | None = None
@@ -394,6 +435,17 @@ class Config(Section):
             problems.append("`pretrain` needs at least one source in `data.text`")
         if self.sft and not self.data.instructions:
             problems.append("`sft` needs at least one source in `data.instructions`")
+        stages = list(self.pretrain.stages) if self.pretrain else []
+        stages += [self.sft] if self.sft else []
+        if self.tokenizer.unchanged and any(not s.full and s.rows == "new" for s in stages):
+            problems.append(
+                "`tokenizer.unchanged` leaves no new rows to train: set `rows: none` or `rows: all`"
+            )
+        if not self.data.text and (measured := self._measured_stages()):
+            problems.append(
+                f"`evaluate_steps` (in {', '.join(measured)}) measures held-out text: give "
+                f"`data.text`"
+            )
         if self.tokenizer.vocab_size:
             spoken = {source.language for source in self.data.text}
             missing = [lang for lang in self.tokenizer.languages if lang not in spoken]
@@ -407,3 +459,12 @@ class Config(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _measured_stages(self) -> list[str]:
+        """Stages on the new vocabulary that measure held-out text while they train."""
+        stages = {
+            **{f"pretrain {s.name}": s for s in (self.pretrain.stages if self.pretrain else [])},
+            **({"sft": self.sft} if self.sft else {}),
+            **({"draft": self.draft.train} if self.draft else {}),
+        }
+        return [name for name, stage in stages.items() if stage.evaluate_steps is not None]

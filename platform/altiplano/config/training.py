@@ -34,8 +34,8 @@ class LoraSettings(Section):
     dora: bool = False
     """Train each output's magnitude apart from its direction (DoRA, Liu et al. 2024); slower."""
     init: Literal["zero", "pissa"] = "zero"
-    """`zero`: B starts at 0. `pissa`: A and B start as the layer's principal singular vectors, which
-    leave the frozen part (Meng et al. 2024); saved as an ordinary adapter of rank 2 r."""
+    """`zero`: B starts at 0. `pissa`: A and B start as the layer's principal singular vectors, and
+    the frozen part loses them (Meng et al. 2024); saved as an ordinary adapter of rank 2 r."""
     b_learning_rate_ratio: float = Field(1.0, gt=0)
     """Learning rate of B relative to A's (LoRA+, Hayou et al. 2024, suggests 16)."""
 
@@ -153,7 +153,7 @@ class TrainSettings(Section):
                 ),
                 (
                     self.full and self.quantize != "none",
-                    "`full: true` trains every parameter, so none can be quantised: drop `quantize`",
+                    "`full: true` trains every parameter, none can be quantised: drop `quantize`",
                 ),
                 (
                     self.early_stop is not None and self.evaluate_steps is None,
@@ -168,10 +168,8 @@ class TrainSettings(Section):
                     "`lora.init: pissa` and `lora.dora` exclude each other",
                 ),
                 (
-                    self.lora is not None
-                    and self.lora.init == "pissa"
-                    and self.quantize != "none",
-                    "`lora.init: pissa` changes the frozen base, which `quantize` has stored: use one",
+                    self.lora is not None and self.lora.init == "pissa" and self.quantize != "none",
+                    "`lora.init: pissa` changes the frozen base, `quantize` has stored it: use one",
                 ),
                 (
                     self.steps is not None

@@ -8,25 +8,15 @@ and 1,024 rows of logits exist at a time.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from altiplano.data.tokens.windows import Window, split_windows, take_bytes
 from altiplano.errors import DataError, MismatchError
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from altiplano.vocabulary.load import Vocabulary
-
-
-@dataclass(frozen=True)
-class Window:
-    """A run of tokens the model sees at once."""
-
-    token_ids: list[int]
-    """Inputs and their successor: position t predicts `token_ids[t + 1]`."""
-    first_scored: int
-    """Predictions of positions before this one were scored in the window before."""
 
 
 def bits_per_byte(
@@ -97,34 +87,6 @@ def _require_fit(model: "LlamaForCausalLM", vocabulary: "Vocabulary") -> None:
             "the vocabulary has neither BOS nor EOS, which the first token of a document is "
             "predicted from: use a tokenizer with one of them"
         )
-
-
-def take_bytes(texts: Sequence[str], max_bytes: int) -> list[str]:
-    """The first documents up to `max_bytes` of UTF-8, empty ones left out, the last one cut."""
-    taken: list[str] = []
-    left = max_bytes
-    for text in texts:
-        part = text.encode()[:left].decode(errors="ignore")
-        if part:
-            taken.append(part)
-        left -= len(text.encode())
-        if left <= 0:
-            break
-    return taken
-
-
-def split_windows(token_ids: Sequence[int], length: int) -> Iterator[Window]:
-    """Windows of at most `length` inputs over [BOS, tokens...]; every token is scored once."""
-    stride = max(1, length // 2)
-    targets = len(token_ids) - 1
-    scored = 0
-    for start in range(0, max(targets, 1), stride):
-        end = min(start + length, targets)
-        if end > scored:
-            yield Window(list(token_ids[start : end + 1]), scored - start)
-            scored = end
-        if end == targets:
-            return
 
 
 def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:

@@ -6,7 +6,7 @@ Knows what the log's records mean, nothing of models. Costs the import of matplo
 from pathlib import Path
 
 from altiplano.errors import DataError
-from altiplano.train.run import read_log
+from altiplano.train.follow import read_log
 
 _PANELS = (
     ("loss", "loss (nats per token)"),
@@ -19,7 +19,7 @@ def plot_training(log_jsonl: Path, output_png: Path, title: str) -> None:
     """Draw a training log.
 
     Args:
-        log_jsonl: JSON lines that training wrote (`train.run.read_log` reads them).
+        log_jsonl: JSON lines that training wrote (`train.follow.read_log` reads them).
         output_png: picture to write.
         title: heading.
 

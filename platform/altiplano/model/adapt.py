@@ -1,13 +1,12 @@
 """What a stage trains: new rows, all rows, LoRA or everything; and its files.
 
-`Trainee` puts the trainable parts into a loaded model, gives the optimizer its groups, and saves
-and loads exactly those tensors. Every save is opened again and checked, because a silently empty
-adapter costs hours. Knows nothing of data, steps or Ray.
+`Trainee` puts the trainable parts into a loaded model, gives the optimizer its groups, and writes
+and reads exactly those tensors. Everything written is opened again and checked, because a silently
+empty adapter costs hours. Knows nothing of data, steps or Ray; `model/lora.py` knows PEFT.
 """
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,19 +14,38 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 
-from altiplano.config.training import LoraSettings, TrainSettings
+from altiplano.config.training import TrainSettings
 from altiplano.errors import ModelError, TrainingError
-from altiplano.model.fold import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROWS_WEIGHTS
-from altiplano.model.load import num_pieces
-from altiplano.model.rows import PaddedHead, SplitEmbedding, SplitHead, SplitRows
+from altiplano.model.fold import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ROWS_WEIGHTS,
+    AdapterStack,
+    fold_into,
+    read_lora,
+)
+from altiplano.model.load import HEAD, load_model, num_pieces
+from altiplano.model.lora import (
+    PrincipalPart,
+    adapter_key,
+    inject_lora,
+    inject_stored,
+    is_adapter,
+    lora_problems,
+    require_same_start,
+    stored_form,
+    trained_form,
+    write_adapter_config,
+)
+from altiplano.model.rows import SplitEmbedding, SplitHead, SplitRows
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 FULL_WEIGHTS = "model.safetensors"
-_ADAPTER = "default"
-_PREFIX = "base_model.model."
+Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass
@@ -37,10 +55,12 @@ class Trainee:
     Attributes:
         model: body and head; call `hidden` and `head`.
         settings: what the stage trains.
+        principal: what PiSSA took out of frozen matrices, by layer; empty without it.
     """
 
     model: "LlamaForCausalLM"
     settings: TrainSettings
+    principal: dict[str, PrincipalPart] = field(default_factory=dict)
 
     def hidden(self, **inputs: torch.Tensor | None) -> torch.Tensor:
         """Last hidden states [B, T, H] of the body."""
@@ -48,7 +68,7 @@ class Trainee:
         return states
 
     @property
-    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+    def head(self) -> nn.Module:
         """Maps hidden states [n, H] to logits [n, V]."""
         head: nn.Module = self.model.lm_head
         return head
@@ -58,64 +78,118 @@ class Trainee:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def optimizer_groups(self) -> list[dict]:
-        """AdamW parameter groups: matrices, vectors (no decay), rows (own rate, no decay)."""
-        settings = self.settings
-        rows_rate = settings.rows_learning_rate or settings.learning_rate
-        matrices, vectors, rows = [], [], []
-        for name, parameter in self.trainable().items():
-            if "embed_tokens" in name or "lm_head" in name:
-                rows.append(parameter)
-            elif parameter.ndim < 2:
-                vectors.append(parameter)
-            else:
-                matrices.append(parameter)
-        rate, decay = settings.learning_rate, settings.weight_decay
-        groups = [
-            {"name": "matrices", "params": matrices, "peak_lr": rate, "weight_decay": decay},
-            {"name": "vectors", "params": vectors, "peak_lr": rate, "weight_decay": 0.0},
-            {"name": "rows", "params": rows, "peak_lr": rows_rate, "weight_decay": 0.0},
-        ]
-        return [{**group, "lr": group["peak_lr"]} for group in groups if group["params"]]
+        """AdamW parameter groups: matrices, LoRA's B, vectors (no decay), rows.
 
-    def save(self, directory: Path) -> None:
-        """Write the trained tensors and check the files.
+        B has a group of its own where its rate differs (LoRA+, Hayou et al. 2024).
+        """
+        settings = self.settings
+        rate, decay = settings.learning_rate, settings.weight_decay
+        ratio = settings.lora.b_learning_rate_ratio if settings.lora is not None else 1.0
+        groups: dict[str, dict] = {
+            "matrices": {"peak_lr": rate, "weight_decay": decay},
+            "lora_b": {"peak_lr": rate * ratio, "weight_decay": decay},
+            "vectors": {"peak_lr": rate, "weight_decay": 0.0},
+            "rows": {
+                "peak_lr": settings.rows_learning_rate or rate,
+                "weight_decay": settings.rows_weight_decay,
+            },
+        }
+        for name, parameter in self.trainable().items():
+            group = groups[_group_of(name, parameter.ndim, apart=ratio != 1.0)]
+            group.setdefault("params", []).append(parameter)
+        return [
+            {"name": name, "lr": group["peak_lr"], **group}
+            for name, group in groups.items()
+            if "params" in group
+        ]
+
+    def files(self, weights: Tensors) -> dict[str, dict[str, torch.Tensor]]:
+        """What the files of these trained tensors hold: file name -> key -> tensor.
+
+        Args:
+            weights: by parameter name, unsharded: live ones or those of a snapshot.
+        """
+        files: dict[str, dict[str, torch.Tensor]] = {}
+        pieces = num_pieces(self.model.config.to_dict())
+        for name, tensor in weights.items():
+            file, key = self._place(name)
+            if file == ADAPTER_WEIGHTS:
+                tensor = stored_form(name, tensor, self.principal)
+            elif file == ROWS_WEIGHTS:
+                # Padding rows are of no use to anyone who reads the adapter.
+                tensor = tensor[:pieces]
+            files.setdefault(file, {})[key] = tensor
+        return files
+
+    def write(self, weights: Tensors, directory: Path) -> None:
+        """Write the files of these trained tensors and check them.
 
         Raises:
-            TrainingError: what was written is not what is trained.
+            TrainingError: what was written is not what was given, or not finite.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        for file, tensors in self._files().items():
+        for file, tensors in self.files(weights).items():
             copies = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
             save_file(copies, directory / file, metadata={"format": "pt"})
+            _check_file(directory / file, copies)
         if self.settings.lora is not None:
-            _write_adapter_config(directory / ADAPTER_CONFIG, self.settings.lora)
-        for file, tensors in self._files().items():
-            _check_file(directory / file, tensors)
+            write_adapter_config(directory / ADAPTER_CONFIG, self.settings.lora)
+
+    def read(self, directory: Path) -> dict[str, torch.Tensor]:
+        """The trained tensors, by parameter name, that `write` put into a directory.
+
+        Raises:
+            TrainingError: the directory holds other tensors than this stage trains; names both.
+        """
+        places = {name: self._place(name) for name in self.trainable()}
+        stored = {file: _open(directory, file) for file in {file for file, _ in places.values()}}
+        found = {(file, key) for file, tensors in stored.items() for key in tensors}
+        if differing := sorted(found ^ set(places.values())):
+            file, key = differing[0]
+            has = "holds" if differing[0] in found else "lacks"
+            raise TrainingError(
+                f"{directory / file} {has} {key} ({len(differing)} such), unlike what this stage "
+                f"trains: give both the same `rows`, `row_matrices` and `lora.modules`"
+            )
+        weights = {
+            name: self._fitted(name, stored[file][key], directory / file)
+            for name, (file, key) in places.items()
+        }
+        if self.principal:
+            require_same_start(stored[ADAPTER_WEIGHTS], self.principal, directory)
+        return weights
+
+    def save(self, directory: Path) -> None:
+        """`write` of the live tensors."""
+        self.write(self.trainable(), directory)
 
     def load(self, directory: Path) -> None:
-        """Read back what `save` wrote, into the model."""
-        for file, tensors in self._files().items():
-            stored = load_file(directory / file)
-            for name, tensor in tensors.items():
-                tensor.data.copy_(stored[name])
+        """`read` into the model."""
+        live = self.trainable()
+        for name, tensor in self.read(directory).items():
+            live[name].data.copy_(tensor)
 
-    def _files(self) -> dict[str, dict[str, torch.Tensor]]:
-        """File name -> tensor name -> live tensor, of everything trained."""
-        parameters = self.trainable()
+    def _place(self, name: str) -> tuple[str, str]:
+        """File and key of a trained tensor."""
         if self.settings.full:
-            return {FULL_WEIGHTS: dict(parameters)}
+            return FULL_WEIGHTS, name
+        if is_adapter(name):
+            return ADAPTER_WEIGHTS, adapter_key(name)
+        part = "lm_head" if name.startswith("lm_head") else "embed_tokens"
+        return ROWS_WEIGHTS, f"{part}.{'new_rows' if name.endswith('rows.new') else 'weight'}"
+
+    def _fitted(self, name: str, stored: torch.Tensor, file: Path) -> torch.Tensor:
+        """A stored tensor in its live shape; padding rows, which no file holds, are zero."""
+        tensor, shape = trained_form(name, stored, self.principal), self.trainable()[name].shape
         pieces = num_pieces(self.model.config.to_dict())
-        files: dict[str, dict[str, torch.Tensor]] = {}
-        for name, parameter in parameters.items():
-            if ".lora_" in name:
-                key = _PREFIX + name.replace(f".{_ADAPTER}.", ".")
-                files.setdefault(ADAPTER_WEIGHTS, {})[key] = parameter
-            else:
-                part = "lm_head" if name.startswith("lm_head") else "embed_tokens"
-                kind = "new_rows" if name.endswith("rows.new") else "weight"
-                # Padding rows are of no use to anyone who reads the adapter.
-                files.setdefault(ROWS_WEIGHTS, {})[f"{part}.{kind}"] = parameter[:pieces]
-        return files
+        if file.name == ROWS_WEIGHTS and tensor.shape[0] == pieces < shape[0]:
+            tensor = F.pad(tensor, (0, 0, 0, shape[0] - pieces))
+        if tensor.shape != shape:
+            raise TrainingError(
+                f"{file}: {name} is {list(stored.shape)}, this stage trains {list(shape)}: it was "
+                f"written with another `lora.r` or `lora.init`, model or vocabulary"
+            )
+        return tensor
 
 
 def make_trainee(
@@ -123,88 +197,111 @@ def make_trainee(
 ) -> Trainee:
     """Freeze a loaded model and put the stage's trainable parts in.
 
+    Trained tensors are fp32; where the model is bfloat16 its forward pass needs autocast.
+
     Args:
-        model: with earlier adapters already folded in.
+        model: with earlier adapters already folded in, and quantised if it is to be.
         vocab_old: rows below it belong to the base vocabulary.
         seed: of LoRA's A matrices.
 
     Raises:
-        TrainingError: `rows: new` without new rows, or LoRA names that match nothing.
+        TrainingError: the settings ask for what this model cannot do; lists all of it.
     """
     if settings.full:
         model.requires_grad_(True)
         model.float()
         return Trainee(model, settings)
+    if problems := _problems(model, settings, vocab_old):
+        raise TrainingError(f"stage {settings.name}: " + "; ".join(problems))
     model.requires_grad_(False)
+    principal = {}
     if settings.lora is not None:
-        _inject_lora(model, settings.lora, seed)
+        principal = inject_lora(model, settings.lora, seed)
     if settings.rows == "all":
-        model.get_input_embeddings().float().requires_grad_(True)
-        model.lm_head.float().requires_grad_(True)
-        if model.config.tie_word_embeddings:
-            model.lm_head.weight = model.get_input_embeddings().weight
+        _free_rows(model, settings)
     elif settings.rows == "new":
-        _split_rows(model, vocab_old)
-    return Trainee(model, settings)
+        _split_rows(model, settings, vocab_old)
+    return Trainee(model, settings, principal)
 
 
-def _split_rows(model: "LlamaForCausalLM", vocab_old: int) -> None:
+def _problems(model: "LlamaForCausalLM", settings: TrainSettings, vocab_old: int) -> list[str]:
+    """What in these settings this model cannot do."""
+    problems = [] if settings.lora is None else lora_problems(model, settings.lora)
     pieces = num_pieces(model.config.to_dict())
-    if vocab_old >= pieces:
-        raise TrainingError(
+    if settings.rows == "new" and vocab_old >= pieces:
+        problems.append(
             f"`rows: new` has nothing to train: the base vocabulary has {vocab_old} pieces and "
             f"the model rows for {pieces}; extend the vocabulary or set `rows: none`"
         )
-    rows = SplitRows(model.get_input_embeddings().weight, vocab_old, pieces)
-    tied = model.config.tie_word_embeddings
-    head_rows = rows if tied else SplitRows(model.lm_head.weight, vocab_old, pieces)
-    model.set_input_embeddings(SplitEmbedding(rows))
-    model.lm_head = SplitHead(head_rows)
-
-
-def _inject_lora(model: "LlamaForCausalLM", lora: LoraSettings, seed: int) -> None:
-    from peft import inject_adapter_in_model
-
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    if unknown := [name for name in lora.modules if name not in present]:
-        raise TrainingError(
-            f"`lora.modules` names {unknown}, the model has "
-            f"{sorted(n for n in present if n.endswith('_proj'))}"
+    if settings.quantize == "8bit" and settings.lora is not None and settings.lora.dora:
+        problems.append(
+            "`lora.dora` on 8-bit matrices fails in PEFT where there is no GPU: use "
+            "`quantize: 4bit`, or drop `lora.dora`"
         )
-    if "lm_head" in lora.modules and isinstance(model.lm_head, PaddedHead):
-        raise TrainingError(
-            "`lora.modules` names lm_head, whose padding rows an adapter would train: set "
-            "`extend.pad_to_multiple: 1`, or train its rows with `rows: new`"
+    if settings.rows == "none":
+        return problems
+    if settings.row_matrices != "both" and model.config.tie_word_embeddings:
+        problems.append(
+            f"`row_matrices: {settings.row_matrices}` means one of two matrices, this model has "
+            f"one for both (tie_word_embeddings): set `row_matrices: both`"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(_peft_config(lora), model, adapter_name=_ADAPTER)
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
+    on_head = settings.lora is not None and "lm_head" in settings.lora.modules
+    if on_head and settings.row_matrices != "embedding":
+        problems.append(
+            f"`lora.modules` names lm_head, whose rows `rows: {settings.rows}` trains or keeps as "
+            f"they are: drop it, or set `row_matrices: embedding`"
+        )
+    return problems
 
 
-def _peft_config(lora: LoraSettings):  # type: ignore[no-untyped-def]  # peft is imported late
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.modules),
-        task_type="CAUSAL_LM",
-    )
-
-
-def _write_adapter_config(file: Path, lora: LoraSettings) -> None:
-    """PEFT's adapter_config.json, so that other tools read the adapter."""
-    config = _peft_config(lora).to_dict()
-    config["target_modules"] = sorted(config["target_modules"])
-    file.write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+def _group_of(name: str, ndim: int, *, apart: bool) -> str:
+    """The optimizer group of a parameter; `apart`: LoRA's B has its own."""
+    if is_adapter(name):
+        if ndim < 2:
+            return "vectors"
+        return "lora_b" if apart and ".lora_B." in name else "matrices"
+    if "embed_tokens" in name or "lm_head" in name:
+        return "rows"
+    return "vectors" if ndim < 2 else "matrices"
 
 
-def _check_file(file: Path, expected: dict[str, torch.Tensor]) -> None:
-    """Open a save again: keys, shapes, bytes, finite values."""
+def _free_rows(model: "LlamaForCausalLM", settings: TrainSettings) -> None:
+    """`rows: all`: fp32 masters; what leaves the embedding has the type of the blocks."""
+    compute = model.dtype
+    embedding = model.get_input_embeddings()
+    if settings.row_matrices != "head":
+        embedding.float().requires_grad_(True)
+        # Without it the residual stream, and so every activation kept, would be fp32.
+        embedding.register_forward_hook(lambda _module, _inputs, rows: rows.to(compute))
+    if settings.row_matrices != "embedding":
+        model.lm_head.float().requires_grad_(True)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = embedding.weight
+
+
+def _split_rows(model: "LlamaForCausalLM", settings: TrainSettings, vocab_old: int) -> None:
+    """`rows: new`: new rows apart from the old ones, which stay as they are."""
+    pieces = num_pieces(model.config.to_dict())
+    embedding, head = model.get_input_embeddings().weight, model.lm_head.weight
+    if settings.row_matrices != "head":
+        model.set_input_embeddings(SplitEmbedding(SplitRows(embedding, vocab_old, pieces)))
+    if settings.row_matrices != "embedding":
+        tied = model.config.tie_word_embeddings
+        rows = model.model.embed_tokens.rows if tied else SplitRows(head, vocab_old, pieces)
+        model.lm_head = SplitHead(rows)
+
+
+def _open(directory: Path, file: str) -> dict[str, torch.Tensor]:
+    if not (directory / file).is_file():
+        raise TrainingError(
+            f"{directory} has no {file}: it is no artifact of a stage that trains the same tensors"
+        )
+    tensors: dict[str, torch.Tensor] = load_file(directory / file)
+    return tensors
+
+
+def _check_file(file: Path, expected: Tensors) -> None:
+    """Open a save again: bytes, keys, values, and these finite."""
     least = sum(t.numel() * t.element_size() for t in expected.values())
     if (size := file.stat().st_size) < least:
         raise TrainingError(f"{file} has {size} bytes, its tensors need {least}: disk full?")
@@ -214,11 +311,10 @@ def _check_file(file: Path, expected: dict[str, torch.Tensor]) -> None:
             missing = sorted(set(expected) - keys)[:3]
             raise TrainingError(f"{file} lacks {missing}: this is a bug in the save")
         for name, tensor in expected.items():
-            read = stored.get_tensor(name)
-            if read.shape != tensor.shape:
-                raise TrainingError(f"{file}: {name} is {read.shape}, expected {tensor.shape}")
-            if not read.isfinite().all():
+            if not tensor.isfinite().all():
                 raise TrainingError(f"{file}: {name} holds values that are not finite")
+            if not torch.equal(stored.get_tensor(name), tensor):
+                raise TrainingError(f"{file}: {name} reads back otherwise: is the disk sound?")
 
 
 def check_trained(directory: Path) -> None:
@@ -242,30 +338,33 @@ def load_chain_live(
     """A base model with its adapters' LoRA parts computed apart, as in training.
 
     Used to check a merge: the result must say the same as this. LoRA parts are PEFT modules, rows
-    are put into the matrices.
+    are put into the matrices. What comes before an adapter that is more than an addition to it
+    is folded, as it was in training.
     """
-    import warnings
-
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-
-    from altiplano.model.load import load_model
-
     model = load_model(model_dir, dtype)
-    for index, directory in enumerate(adapter_dirs):
+    first = _first_live(adapter_dirs)
+    fold_into(model, AdapterStack(adapter_dirs[:first], vocab_old))
+    for index, directory in enumerate(adapter_dirs[first:]):
         if (directory / ROWS_WEIGHTS).is_file():
             _place_rows(model, load_file(directory / ROWS_WEIGHTS), vocab_old)
         if (directory / ADAPTER_CONFIG).is_file():
-            name = f"chain{index}"
-            config = LoraConfig.from_pretrained(str(directory))
-            config.inference_mode = True
-            with warnings.catch_warnings():
-                # PEFT warns that there are several adapters: that is what a chain is.
-                warnings.simplefilter("ignore", UserWarning)
-                inject_adapter_in_model(config, model, adapter_name=name)
-            stored = load_file(directory / ADAPTER_WEIGHTS)
-            set_peft_model_state_dict(model, stored, adapter_name=name)
+            inject_stored(model, directory, f"chain{index}")
     _activate_all(model)
     return model.eval()
+
+
+def _first_live(adapter_dirs: list[Path]) -> int:
+    """Index of the first adapter that, like all after it, only adds to those before it.
+
+    DoRA scales the whole matrix, and rows replace what an adapter on the head did before.
+    """
+    first, head_adapted = 0, False
+    for index, directory in enumerate(adapter_dirs):
+        lora = read_lora(directory)
+        if lora.dora or (head_adapted and (directory / ROWS_WEIGHTS).is_file()):
+            first, head_adapted = index, False
+        head_adapted = head_adapted or lora.touches(HEAD)
+    return first
 
 
 def _activate_all(model: "LlamaForCausalLM") -> None:

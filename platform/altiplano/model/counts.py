@@ -1,14 +1,15 @@
-"""Parameter counts of a Llama in closed form, before any weight exists.
+"""Parameters of a Llama and the operations of training it, in closed form, before it exists.
 
-Knows shapes and what a stage trains; no tensors, no torch, no files. Costs microseconds. A test
-holds it against counts of real models and against the published ones of LLaMA-7B and 13B.
+Knows shapes and what a stage trains; no tensors, no torch, no files. Costs microseconds. Tests
+hold it against real models, the published counts of LLaMA-7B and 13B, and PyTorch's own counter.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from altiplano.config.training import TrainSettings
+from altiplano.config.training import LoraSettings, TrainSettings
+from altiplano.errors import ModelError
 
 Counts = dict[str, int]
 """Parameters by component: `embedding`, `head`, `blocks`, `norm`, `lora`."""
@@ -61,6 +62,38 @@ class LlamaShape:
         }
 
 
+def require_shape(
+    published: Mapping[str, Any] | None, found: Mapping[str, Any], origin: str
+) -> None:
+    """Compare a model's config.json with the shape that a config says it has.
+
+    Args:
+        published: `base_model.shape`; None says nothing.
+        found: the config.json.
+        origin: where it lies, for the message.
+
+    Raises:
+        ModelError: they differ; names every key with both values.
+    """
+    if published is None:
+        return
+    wanted, real = (
+        {"vocab_size": int(config["vocab_size"]), **asdict(LlamaShape.from_config(config))}
+        for config in (published, found)
+    )
+    # A published shape says nothing of biases.
+    differing = [
+        f"{key} is {real[key]}, not {wanted[key]}"
+        for key in wanted
+        if wanted[key] != real[key] and not key.endswith("_bias")
+    ]
+    if differing:
+        raise ModelError(
+            f"{origin} is not the model that `base_model.shape` describes: "
+            f"{'; '.join(differing)}: correct `base_model.path` or `base_model.shape`"
+        )
+
+
 def count_parameters(shape: LlamaShape, vocab: int) -> Counts:
     """All parameters of a model with `vocab` rows, by component; a tied head counts as 0."""
     sizes = shape.linear_sizes
@@ -91,27 +124,98 @@ def trainable_parameters(
         shape: of the model.
         vocab_old: pieces of the base vocabulary.
         vocab_new: pieces now.
-        settings: what the stage trains. LoRA adds r * (inputs + outputs) per linear layer
-            (Hu et al. 2021); names that are no linear layer of a Llama add nothing.
+        settings: what the stage trains.
         rows_padding: rows of the matrices after the pieces. They are part of whole matrices that
             are trained, though their gradient is zero.
     """
-    if settings.full:
-        return {**count_parameters(shape, vocab_new + rows_padding), "lora": 0}
     whole = vocab_new + rows_padding
+    if settings.full:
+        return {**count_parameters(shape, whole), "lora": 0}
     rows = {"none": 0, "new": vocab_new - vocab_old, "all": whole}[settings.rows]
     per_matrix = rows * shape.hidden_size
-    lora = 0
-    if settings.lora is not None:
-        adapted = [
-            size for name, size in shape.linear_sizes.items() if name in settings.lora.modules
-        ]
-        per_block = sum(settings.lora.r * (inputs + outputs) for inputs, outputs in adapted)
-        lora = shape.num_hidden_layers * per_block
+    embedding = settings.row_matrices in ("both", "embedding") or shape.tie_word_embeddings
+    head = settings.row_matrices in ("both", "head") and not shape.tie_word_embeddings
     return {
-        "embedding": per_matrix,
-        "head": 0 if shape.tie_word_embeddings else per_matrix,
+        "embedding": per_matrix if embedding else 0,
+        "head": per_matrix if head else 0,
         "blocks": 0,
         "norm": 0,
-        "lora": lora,
+        "lora": shape.num_hidden_layers * _adapters_of_block(shape, settings.lora)
+        + _adapter_size(settings.lora, "lm_head", shape.hidden_size, whole),
     }
+
+
+def _adapter_size(lora: LoraSettings | None, name: str, inputs: int, outputs: int) -> int:
+    """r * (inputs + outputs) of an adapted layer (Hu et al. 2021); DoRA adds one per output."""
+    if lora is None or name not in lora.modules:
+        return 0
+    return lora.r * (inputs + outputs) + (outputs if lora.dora else 0)
+
+
+def _adapters_of_block(shape: LlamaShape, lora: LoraSettings | None) -> int:
+    return sum(_adapter_size(lora, name, *size) for name, size in shape.linear_sizes.items())
+
+
+def flops_per_token(
+    shape: LlamaShape,
+    vocab: int,
+    settings: TrainSettings,
+    sequence_length: float,
+    *,
+    vocab_old: int = 0,
+    target_share: float = 1.0,
+) -> float:
+    """Floating-point operations that one trained token needs, forward and backward.
+
+    A matrix product of m x k by k x n is 2 m k n operations. Per token, with P the sizes of the
+    blocks' matrices, Q the width of the queries, c the mean number of keys a token sees, V x H the
+    head, t the share of tokens that are targets, R the trained rows of the head and A the
+    adapters' parameters:
+
+        forward            2 P + 4 L Q c + 2 A + 2 t V H
+        gradient of input  2 P + 8 L Q c + 2 A + 2 t V H    (only above something that is trained)
+        gradient of weight 2 A + 2 t R H, and 2 P where all is trained
+
+    Frozen matrices need no gradient of weight, so adapters and new rows cost about 4 P instead of
+    6 P. Work done twice to save memory (gradient checkpointing, the loss's chunks) is not counted:
+    divided by time and peak speed this is model FLOPs utilisation (Chowdhery et al. 2022).
+    Normalisations, softmax and the embedding's look-up are left out.
+
+    Args:
+        shape: of the model.
+        vocab: rows of the head.
+        settings: what the stage trains.
+        sequence_length: mean length of what attention stays within: a document, or a block where
+            documents are longer. Attention is causal, so c = (length + 1) / 2.
+        vocab_old: rows of the head that `rows: new` leaves frozen.
+        target_share: targets among the tokens.
+    """
+    layers = shape.num_hidden_layers
+    trained = trainable_parameters(shape, vocab_old, vocab, settings)
+    blocks = layers * sum(inputs * outputs for inputs, outputs in shape.linear_sizes.values())
+    queries = shape.num_attention_heads * shape.head_dim
+    attention = layers * queries * (sequence_length + 1) / 2
+    head = target_share * vocab * shape.hidden_size
+    adapters = trained["lora"]
+    # Only a head whose rows alone are trained has nothing trained below it.
+    below = settings.full or settings.lora is not None or trained["embedding"] > 0
+    forward = 2 * (blocks + adapters + head) + 4 * attention
+    of_inputs = 2 * (blocks + adapters + head) + 8 * attention if below else 0
+    head_rows = trained["embedding" if shape.tie_word_embeddings else "head"]
+    of_weights = 2 * (adapters + target_share * head_rows) + (2 * blocks if settings.full else 0)
+    return forward + of_inputs + of_weights
+
+
+def recomputed_flops_per_token(
+    shape: LlamaShape, settings: TrainSettings, sequence_length: float
+) -> float:
+    """What gradient checkpointing adds: the forward pass of the blocks it runs again.
+
+    Args: as of `flops_per_token`.
+    """
+    layers = shape.num_hidden_layers
+    again = {"none": 0, "selective": layers // 2, "full": layers}[settings.gradient_checkpointing]
+    matrices = sum(inputs * outputs for inputs, outputs in shape.linear_sizes.values())
+    matrices += _adapters_of_block(shape, settings.lora)
+    queries = shape.num_attention_heads * shape.head_dim
+    return again * (2 * matrices + 2 * queries * (sequence_length + 1))

@@ -4,7 +4,12 @@ The frozen part is a view of the loaded matrix, so nothing is copied, and no gra
 of the vocabulary is ever made. Where the head is tied, it shares the embedding's two parts.
 Padding rows take part in the head's product, whose speed they are there for; their logits are cut
 off right after it, so no softmax, no loss and no gradient knows of them.
+
+`head_terms` tells the loss what a head's logits are the sum of. Knows nothing of losses.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,12 +50,18 @@ class SplitEmbedding(nn.Module):
         self.rows = rows
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Look up ids [...] of either part."""
-        vocab_old = self.rows.old.shape[0]
-        is_new = input_ids >= vocab_old
-        embedded = F.embedding(input_ids.clamp(max=vocab_old - 1), self.rows.old)
-        fresh = F.embedding(input_ids[is_new] - vocab_old, self.rows.new)
-        return embedded.index_put((is_new,), fresh.to(embedded.dtype))
+        """Look up ids [...] of either part.
+
+        Every id is looked up in both parts and one result is taken: shapes do not depend on the
+        ids, so a GPU need not wait for them and a compiler has one graph.
+        """
+        old, new = self.rows.old, self.rows.new
+        vocab_old = old.shape[0]
+        known = F.embedding(input_ids.clamp(max=vocab_old - 1), old)
+        # Ids of the old part go to rows all over the new one, where their gradient of zero is
+        # added: all on one row, they would wait for each other on a GPU.
+        fresh = F.embedding((input_ids - vocab_old) % new.shape[0], new)
+        return torch.where((input_ids >= vocab_old)[..., None], fresh.to(known.dtype), known)
 
 
 class SplitHead(nn.Module):
@@ -67,3 +78,64 @@ class SplitHead(nn.Module):
             new = F.pad(new, (0, 0, 0, self.rows.padding))
         fresh = F.linear(hidden, new)[..., : self.rows.new.shape[0]]
         return torch.cat([F.linear(hidden, self.rows.old), fresh], dim=-1)
+
+
+@dataclass(frozen=True)
+class HeadTerm:
+    """One product that a head adds to its logits [n, pieces].
+
+    `logits[:, first : first + rows] += states @ weight[:rows].T`
+
+    Attributes:
+        states: [n, K], with a gradient path.
+        weight: [rows or more, K]; further rows are padding.
+        first: column of the first row.
+        rows: that are pieces.
+    """
+
+    states: torch.Tensor
+    weight: torch.Tensor
+    first: int
+    rows: int
+
+
+def head_terms(head: Any, states: torch.Tensor) -> list[HeadTerm] | None:
+    """The products whose sum a head's logits of states [n, H] are.
+
+    Columns come in order: a term begins where those before it end, or adds to what is there.
+
+    Returns:
+        None where the head is more than products of its own weights (a bias, DoRA, quantised or
+        merged weights, any other function): then call it.
+    """
+    if isinstance(head, SplitHead):
+        old, new = head.rows.old, head.rows.new
+        vocab_old = old.shape[0]
+        return [
+            HeadTerm(states, old, 0, vocab_old),
+            HeadTerm(states, new, vocab_old, new.shape[0]),
+        ]
+    if isinstance(head, PaddedHead):
+        return [HeadTerm(states, head.weight, 0, head.pieces)]
+    # Not its subclasses: a quantised matrix is one too.
+    if type(head) is nn.Linear:
+        is_product = head.bias is None
+        return [HeadTerm(states, head.weight, 0, head.out_features)] if is_product else None
+    return _lora_terms(head, states)
+
+
+def _lora_terms(head: Any, states: torch.Tensor) -> list[HeadTerm] | None:
+    """Terms of PEFT's LoRA: the layer under it, and one of width r for every active adapter."""
+    from peft.tuners.lora import Linear
+
+    if type(head) is not Linear or head.merged or head.disable_adapters or head.lora_variant:
+        return None
+    terms = head_terms(head.base_layer, states)
+    names = [name for name in head.active_adapters if name in head.lora_A]
+    if terms is None or any(head.lora_B[name].bias is not None for name in names):
+        return None
+    for name in names:
+        down, up = head.lora_A[name], head.lora_B[name]
+        narrow = down(head.lora_dropout[name](states.to(down.weight.dtype))) * head.scaling[name]
+        terms.append(HeadTerm(narrow, up.weight, 0, up.out_features))
+    return terms

@@ -57,7 +57,7 @@ def evaluate(work: Work) -> None:
 
     started = time.monotonic()
     results = Results(run=work.project.config.name)
-    held_out = _held_out(work.path("data-text"))
+    held_out = _held_out(work.path("data-text")) if "data-text" in work.inputs else {}
     for name, artifact in work.inputs.items():
         results.seconds[name] = artifact.manifest.seconds
     _measure_bits(work, results, held_out)

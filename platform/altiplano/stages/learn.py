@@ -8,10 +8,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from altiplano.artifact import LOGS, Artifact, require_same_tokenizer
-from altiplano.config.training import TrainSettings
+from altiplano.artifact import LOGS, Artifact, open_artifact, require_same_tokenizer
+from altiplano.config.training import BeginSettings, TrainSettings
+from altiplano.errors import MemoryShortageError, TrainingError
 from altiplano.merge.check import check_chain
-from altiplano.stages.stage import Work
+from altiplano.stages.stage import Work, artifact_path
 from altiplano.train.run import TrainOutcome, run_training
 from altiplano.train.worker import TrainJob
 
@@ -78,12 +79,17 @@ class _Parts:
 def _train(work: Work, settings: TrainSettings, parts: _Parts) -> TrainOutcome:
     from altiplano.data.tokens.store import TokenStore
     from altiplano.train.schedule import stream_seed
+    from altiplano.train.strategy import Sharing
 
     config = work.project.config
     tokens = work.inputs["tokens"].manifest
     store_dir = work.path("tokens") / "train"
     TokenStore.open(store_dir, tokenizer_fingerprint=tokens.tokenizer_fingerprint)
-    named = settings.model_copy(update={"name": work.stage.name})
+    named = settings.model_copy(
+        update={"name": work.stage.name, "begin": _resolved(work, settings.begin)}
+    )
+    _check_beginning(work, named)
+    cluster = config.cluster
     job = TrainJob(
         settings=named,
         model_dir=parts.model_dir,
@@ -92,13 +98,65 @@ def _train(work: Work, settings: TrainSettings, parts: _Parts) -> TrainOutcome:
         store_dir=store_dir,
         seed=stream_seed(config.seed, work.stage.name),
         run_key=work.run_key,
-        num_threads=max(1, int(config.cluster.cpus_per_worker)),
-        use_gpu=config.cluster.gpus_per_worker > 0,
+        num_threads=max(1, int(cluster.cpus_per_worker)),
+        use_gpu=cluster.gpus_per_worker > 0,
         teacher_dir=parts.teacher,
+        held_out_dir=work.path("held_out" if "held_out" in work.inputs else "tokens"),
+        held_out_bytes=config.evaluate.max_bytes_per_language,
+        sharing=Sharing(cluster.strategy, cluster.offload, _deepspeed_json(work)),
+        stall_timeout_s=cluster.stall_timeout_s,
+        profile_steps=config.track.profile_steps,
     )
-    outcome = run_training(job, config.cluster, work.project.output / _CHECKPOINTS)
+    try:
+        outcome = run_training(job, cluster, work.project.output / _CHECKPOINTS, config.track)
+    except MemoryShortageError as error:
+        raise TrainingError(f"{error}\n{_explain_shortage(work)}") from None
     work.manifest.metrics = outcome.metrics
     return outcome
+
+
+def _explain_shortage(work: Work) -> str:
+    """What takes a worker's memory by the plan, and which key to change."""
+    from altiplano.plan import explain_oom, make_plan
+
+    stages = make_plan(work.project).stages
+    return "\n".join(explain_oom(stage) for stage in stages if stage.name == work.stage.name)
+
+
+def _check_beginning(work: Work, settings: TrainSettings) -> None:
+    """Refuse a beginning that does not fit, before a weight is loaded."""
+    from altiplano.train.begin import check_beginning
+
+    if settings.begin is None:
+        return
+    begin = open_artifact(Path(settings.begin.path))
+    own = artifact_path(work.project, work.stage.name)
+    if begin.path.resolve() == own.resolve():
+        raise TrainingError(
+            f"stage {settings.name} begins with its own artifact {own}, which it would replace: "
+            f"copy that elsewhere, or give another `output`"
+        )
+    # Without a model among its inputs a stage trains everything: only the tokenizer has to fit.
+    model = work.inputs.get("model", work.inputs["tokens"])
+    check_beginning(settings, begin, model, work.roles("adapter-"))
+
+
+def _resolved(work: Work, begin: BeginSettings | None) -> BeginSettings | None:
+    """`begin` with its path as this machine has it."""
+    if begin is None:
+        return None
+    return begin.model_copy(update={"path": work.project.resolve(begin.path)})
+
+
+def _deepspeed_json(work: Work) -> str | None:
+    """The text of the user's own DeepSpeed JSON: workers may not see the file."""
+    path = work.project.config.cluster.deepspeed
+    if path is None:
+        return None
+    try:
+        return Path(work.project.resolve(path)).read_text(encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(f"cluster.deepspeed {path} cannot be read: {error.strerror}") from None
 
 
 def _start_dir(work: Work) -> Path:
@@ -142,10 +200,16 @@ def _finish_full(work: Work, outcome: TrainOutcome, start: Path) -> None:
 def _finish_logs(work: Work, outcome: TrainOutcome) -> None:
     """Log, curve and TensorBoard events into the artifact; the run's checkpoints go after it."""
     from altiplano.evaluate.curves import plot_training
-    from altiplano.train.run import EVENTS, LOG
+    from altiplano.train.begin import OPTIMIZER
+    from altiplano.train.follow import EVENTS, LOG
+    from altiplano.train.observe import PROFILE
 
     logs = work.output / LOGS
     shutil.copytree(outcome.work_dir / EVENTS, logs / EVENTS)
     shutil.copy2(outcome.work_dir / LOG, logs / LOG)
+    if (outcome.work_dir / PROFILE).is_file():
+        shutil.copy2(outcome.work_dir / PROFILE, logs / PROFILE)
+    if (outcome.work_dir / OPTIMIZER).is_dir():
+        shutil.copytree(outcome.work_dir / OPTIMIZER, work.output / OPTIMIZER)
     plot_training(logs / LOG, logs / "curve.png", work.stage.name)
-    work.spent.append(outcome.work_dir)
+    work.spent += [outcome.states, outcome.work_dir]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from altiplano.artifact import require_same_tokenizer
 from altiplano.config.data import ReplaySection, TextSource
 from altiplano.config.schema import ScratchSection
-from altiplano.errors import ModelError
+from altiplano.errors import ConfigError, ModelError
 from altiplano.stages.stage import Work
 from altiplano.train.schedule import stream_seed
 
@@ -36,11 +36,14 @@ def import_base(work: Work) -> None:
     """Bring the base model in, checked, with its tokenizer in the one form used everywhere."""
     from safetensors import SafetensorError
 
-    from altiplano.model.load import import_model, weights_fingerprint
+    from altiplano.model.counts import require_shape
+    from altiplano.model.load import import_model, read_config, weights_fingerprint
 
     section = work.project.config.base_model
     assert section.path is not None
     source = _find_model(work.project.resolve(section.path), section.path)
+    if section.shape is not None:
+        require_shape(section.shape.model_dump(), read_config(source), str(source))
     import_model(source, work.output, allow_pickle=section.allow_pickle)
     _import_tokenizer(source, work.output)
     size = _describe_tokenizer(work)
@@ -89,30 +92,55 @@ def train_base_tokenizer(work: Work) -> None:
 
 
 def grow_tokenizer(work: Work) -> None:
-    """Give the base's vocabulary its new pieces, and say what that did to the old language."""
-    from altiplano.stages.grow import grow_bytelevel, grow_sentencepiece, say_gain, say_unchanged
-    from altiplano.vocabulary.characters import piece_wanted
+    """Give the base's vocabulary its new pieces, if any, and count what that did."""
+    from altiplano.model.load import copy_tokenizer
+
+    section, base = work.project.config.tokenizer, work.inputs["base"]
+    if section.unchanged:
+        copy_tokenizer(base.path, work.output)
+        work.manifest.metrics = {"pieces": base.manifest.vocab_new}
+    else:
+        _add_pieces(work)
+    size = _describe_tokenizer(work)
+    work.manifest.vocab_old = base.manifest.vocab_new
+    if section.pieces is not None and section.pieces != size:
+        raise ConfigError(
+            f"the vocabulary has {size} pieces, `tokenizer.pieces` says {section.pieces}: correct "
+            f"it, or the pieces that `tokenizer` adds to the base's {base.manifest.vocab_new}"
+        )
+    if not section.unchanged:
+        _compare_vocabularies(work)
+
+
+def _add_pieces(work: Work) -> None:
+    from altiplano.stages.grow import grow_bytelevel, grow_sentencepiece
     from altiplano.vocabulary.load import Vocabulary
 
     config, base = work.project.config, work.inputs["base"]
-    section, data = config.tokenizer, config.data
     grow = grow_bytelevel if Vocabulary(base.path).family == "bytelevel" else grow_sentencepiece
     work.manifest.metrics = grow(
         base.path,
         work.output,
-        section,
-        lambda: _texts(work, data.text, section.languages),
+        config.tokenizer,
+        lambda: _texts(work, config.data.text, config.tokenizer.languages),
         work.project.resolve,
         stream_seed(config.seed, "tokenizer"),
     )
-    _describe_tokenizer(work)
-    work.manifest.vocab_old = base.manifest.vocab_new
+
+
+def _compare_vocabularies(work: Work) -> None:
+    """Measure what the new pieces did to the new language's texts and to the others'."""
+    from altiplano.stages.grow import say_gain, say_unchanged
+    from altiplano.vocabulary.characters import piece_wanted
+
+    section, data = work.project.config.tokenizer, work.project.config.data
+    base = work.inputs["base"].path
     others = [source for source in data.all_text if source.language not in section.languages]
-    own = _texts(work, data.text, section.languages)
+    own_texts = _texts(work, data.text, section.languages)
     other_texts = _texts(work, others, _languages(others))
-    work.manifest.metrics |= say_gain(base.path, work.output, own)
+    work.manifest.metrics |= say_gain(base, work.output, own_texts)
     work.manifest.metrics |= say_unchanged(
-        base.path,
+        base,
         work.output,
         other_texts,
         lambda char: piece_wanted(char, section.kept_pieces, section.drop),

@@ -6,7 +6,6 @@ artifact and every source file once.
 """
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from altiplano.artifact import (
 from altiplano.config import Project
 from altiplano.console import console, simple_table
 from altiplano.errors import ArtifactError, DataError
-from altiplano.storage import expand, identity_of
+from altiplano.storage import delete_folder, expand, identity_of
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,9 @@ class Work:
     """Fingerprints, vocabulary sizes and metrics are the stage's to fill."""
     run_key: str
     """Hash of section and inputs."""
-    spent: list[Path] = field(default_factory=list)
-    """Folders to delete once the artifact is in place: until then they can make it again."""
+    spent: list[Path | str] = field(default_factory=list)
+    """Folders, or fsspec URLs of some, to delete once the artifact is in place: until then they can
+    make it again."""
 
     def path(self, role: str) -> Path:
         """Directory of an input artifact."""
@@ -138,7 +138,7 @@ def execute(project: Project, stage: Stage) -> Artifact:
         stage.run(work)
         manifest.seconds = round(time.monotonic() - started, 2)
     for folder in work.spent:
-        shutil.rmtree(folder, ignore_errors=True)
+        delete_folder(str(folder))
     _summarise(manifest, final)
     return Artifact(final, manifest)
 

@@ -1,14 +1,16 @@
 """One micro-batch as the tensors a model is called with.
 
-Attention never crosses documents: PyTorch's SDPA gets a block-causal mask of [B, 1, T, T] booleans
-(quadratic in the block length, not in the corpus); FlashAttention gets one flat row whose position
-ids restart at every document, from which transformers derives variable-length calls.
+Attention never crosses documents. What it needs for that is made here, once per micro-batch, from
+the store's segments: buckets of documents, or FlashAttention's cumulative lengths.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+
+from altiplano.model.attention import arrange, document_lengths
 
 if TYPE_CHECKING:
     from altiplano.data.tokens.store import Batch
@@ -23,28 +25,34 @@ class Inputs:
         labels: [B, T] target ids, -100 for none.
     """
 
-    model: dict[str, torch.Tensor | None]
+    model: dict[str, Any]
     labels: torch.Tensor
 
 
 def make_inputs(batch: "Batch", attention: str, device: torch.device) -> Inputs:
-    """Tensors on the device for a batch of packed blocks."""
-    ids, positions, segments, labels = (
+    """Tensors on the device for a batch of packed blocks.
+
+    Args:
+        attention: `Machine.attention`. For `flash_attention_2` all is one flat row [1, B * T].
+    """
+    ids, positions, labels = (
         torch.from_numpy(array).to(device, non_blocking=True)
-        for array in (batch.input_ids, batch.position_ids, batch.segment_ids, batch.labels)
+        for array in (batch.input_ids, batch.position_ids, batch.labels)
     )
     if attention == "flash_attention_2":
         flat = {"input_ids": ids.view(1, -1), "position_ids": positions.view(1, -1)}
-        return Inputs({**flat, "attention_mask": None}, labels.view(1, -1))
-    return Inputs(
-        {"input_ids": ids, "position_ids": positions, "attention_mask": document_mask(segments)},
-        labels,
-    )
+        return Inputs({**flat, **_variable_lengths(batch, device)}, labels.view(1, -1))
+    documents = arrange(batch.segment_ids, device)
+    return Inputs({"input_ids": ids, "position_ids": positions, "documents": documents}, labels)
 
 
-def document_mask(segments: torch.Tensor) -> torch.Tensor:
-    """Which key each query sees: same document, not later. [B, T] -> [B, 1, T, T] booleans."""
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    same = segments[:, :, None] == segments[:, None, :]
-    return (same & causal)[:, None]
+def _variable_lengths(batch: "Batch", device: torch.device) -> dict[str, Any]:
+    """Given these, transformers need not ask the GPU in every layer where documents begin."""
+    lengths = document_lengths(batch.segment_ids)
+    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    cumulative = torch.from_numpy(ends).to(device, non_blocking=True)
+    longest = int(lengths.max())
+    return {
+        "cu_seq_lens_q": cumulative, "cu_seq_lens_k": cumulative,
+        "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip

@@ -1,173 +1,162 @@
 """The training loop: batches in, steps out.
 
-The global batch of a step is a pure function of (seed, step); each worker takes every n-th block
-of it, and the summed gradient is divided by the number of targets over all workers. So the
-trajectory does not depend on how many workers there are, and one integer resumes it.
-Knows nothing of Ray, files or the terminal: `reduce_sum`, `on_step` and `on_checkpoint` do.
+The global batch of a step is a pure function of (seed, step); the summed loss is divided by the
+number of targets over all workers before any gradient is made. So the trajectory does not depend
+on how many workers there are, and one integer resumes it.
+Knows nothing of Ray, files or the terminal: the observer does.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from altiplano.data.tokens.order import blocks_at
-from altiplano.data.tokens.store import TokenStore
-from altiplano.errors import TrainingError
 from altiplano.model.adapt import Trainee
-from altiplano.train.batch import Inputs, make_inputs
+from altiplano.train.batch import Inputs
+from altiplano.train.best import evaluation_due
+from altiplano.train.feed import Feed, StepInputs
 from altiplano.train.machine import Machine
 from altiplano.train.schedule import Schedule, learning_rate_factor, stream_seed
+from altiplano.train.strategy import Rank, Strategy
 
 Objective = Callable[[Trainee, Inputs], torch.Tensor]
 """Summed loss over the targets of a micro-batch."""
 
 
 @dataclass(frozen=True)
-class Rank:
-    """This worker's place among all, and how they add tensors up."""
-
-    index: int
-    count: int
-    reduce_sum: Callable[[torch.Tensor], None]
-    """Replaces a tensor by its sum over all workers."""
-
-
-@dataclass(frozen=True)
 class StepRecord:
-    """What is known after one step."""
+    """What is known after one step, on every worker alike but for the times."""
 
     step: int
     steps: int
     loss: float
     """Mean over the global batch's targets, in nats."""
     learning_rate: float
+    rows_learning_rate: float
     grad_norm: float
+    """Before clipping."""
     targets: int
     tokens_per_second: float
     """Block positions of the global batch per second, padding included."""
+    seconds: float
+    data_wait_s: float
+    stop_asked: bool = False
+    """Some worker was told to save and end."""
 
 
-def make_optimizer(trainee: Trainee) -> torch.optim.AdamW:
-    """Fused AdamW over the trainee's groups."""
-    return torch.optim.AdamW(
-        trainee.optimizer_groups(), betas=trainee.settings.betas, eps=1e-8, fused=True
+@dataclass(frozen=True)
+class Verdict:
+    """What an evaluation says."""
+
+    best: bool
+    """The weights are the best so far."""
+    stop: bool
+    """They have not been getting better for long."""
+
+
+class Observer(Protocol):
+    """What the loop tells, and asks; called on every worker, in the same order."""
+
+    def stop_asked(self) -> bool:
+        """Whether this worker was told to save and end."""
+
+    def before_step(self, step: int) -> None:
+        """A step begins; 1-based."""
+
+    def on_step(self, record: StepRecord) -> bool:
+        """A step is done; whether to save now, all workers alike. May raise to end the training."""
+
+    def on_evaluation(self, step: int) -> Verdict:
+        """`evaluate_steps` steps are done: measure."""
+
+    def on_checkpoint(self, step: int, *, best: bool) -> None:
+        """Save the state after `step` steps."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The parts of one training."""
+
+    trainee: Trainee
+    strategy: Strategy
+    feed: Feed
+    schedule: Schedule
+    machine: Machine
+    rank: Rank
+    seed: int
+    objective: Objective
+
+
+def train(engine: Engine, observer: Observer, *, start_step: int) -> int:
+    """Train from `start_step` to the end of the schedule, or to where an observer ends it.
+
+    Returns:
+        the number of finished steps; the state after them has been given to `on_checkpoint`.
+    """
+    settings, steps = engine.trainee.settings, engine.schedule.steps
+    engine.trainee.model.train()
+    for done in range(start_step + 1, steps + 1):
+        observer.before_step(done)
+        record = _take_step(engine, done - 1, stop_asked=observer.stop_asked())
+        save = observer.on_step(record)
+        verdict = Verdict(best=False, stop=False)
+        if evaluation_due(settings, done, steps):
+            verdict = observer.on_evaluation(done)
+        ends = verdict.stop or record.stop_asked or done == steps
+        if save or ends or verdict.best or done % settings.checkpoint_steps == 0:
+            observer.on_checkpoint(done, best=verdict.best)
+        if ends:
+            return done
+    return start_step
+
+
+def _take_step(engine: Engine, step: int, *, stop_asked: bool) -> StepRecord:
+    started = time.perf_counter()
+    settings, schedule, rank = engine.trainee.settings, engine.schedule, engine.rank
+    torch.manual_seed(stream_seed(engine.seed, "dropout", step, rank.index))
+    inputs = engine.feed.take(step)
+    counted = _sum_over_workers(engine, [float(inputs.targets), float(stop_asked)])
+    loss_sum = _accumulate(engine, inputs, total_targets=max(1.0, counted[0]))
+    factor = learning_rate_factor(step, schedule.steps, settings)
+    norm = engine.strategy.step(factor, settings.max_grad_norm)
+    (loss,) = _sum_over_workers(engine, [loss_sum])
+    seconds = time.perf_counter() - started
+    return StepRecord(
+        step=step + 1,
+        steps=schedule.steps,
+        loss=loss,
+        learning_rate=settings.learning_rate * factor,
+        rows_learning_rate=(settings.rows_learning_rate or settings.learning_rate) * factor,
+        grad_norm=norm,
+        targets=int(counted[0]),
+        tokens_per_second=engine.feed.positions_per_step / seconds,
+        seconds=seconds,
+        data_wait_s=inputs.waited_s,
+        stop_asked=counted[1] > 0,
     )
 
 
-def train(
-    trainee: Trainee,
-    optimizer: torch.optim.AdamW,
-    store: TokenStore,
-    schedule: Schedule,
-    *,
-    machine: Machine,
-    rank: Rank,
-    seed: int,
-    start_step: int,
-    objective: Objective,
-    on_step: Callable[[StepRecord], None],
-    on_checkpoint: Callable[[int], None],
-) -> None:
-    """Train from `start_step` to the end of the schedule.
-
-    Args:
-        on_step: called after every step, on every worker.
-        on_checkpoint: called with the number of finished steps every `checkpoint_steps` and at
-            the end, on every worker.
-
-    Raises:
-        TrainingError: the loss is NaN, infinite or exactly zero, or a step has no target.
-    """
-    settings = trainee.settings
-    parameters = list(trainee.trainable().values())
-    trainee.model.train()
-    for step in range(start_step, schedule.steps):
-        started = time.perf_counter()
-        factor = learning_rate_factor(step, schedule.steps, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        torch.manual_seed(stream_seed(seed, "dropout", step, rank.index))
-        micro_batches = _micro_batches(store, schedule, machine, rank, seed, step)
-        loss_sum, targets = _accumulate(trainee, micro_batches, objective, machine)
-        loss, target_count = _reduce(parameters, loss_sum, targets, rank)
-        _require_sane(loss, target_count, step, settings.name)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - started
-        positions = schedule.blocks_per_step * store.sequence_length
-        on_step(
-            StepRecord(
-                step + 1, schedule.steps, loss, settings.learning_rate * factor, float(norm),
-                target_count, positions / seconds,
-            )
-        )  # fmt: skip
-        done = step + 1
-        if done % settings.checkpoint_steps == 0 or done == schedule.steps:
-            on_checkpoint(done)
-
-
-def _micro_batches(
-    store: TokenStore, schedule: Schedule, machine: Machine, rank: Rank, seed: int, step: int
-) -> Iterable[Inputs]:
-    """This worker's share of a step's global batch."""
-    blocks = blocks_at(store.num_blocks, schedule.blocks_per_step, stream_seed(seed, "order"), step)
-    mine = blocks[rank.index :: rank.count]
-    for start in range(0, len(mine), schedule.blocks_per_micro_batch):
-        batch = store.batch(mine[start : start + schedule.blocks_per_micro_batch])
-        yield make_inputs(batch, machine.attention, machine.device)
-
-
-def _accumulate(
-    trainee: Trainee, micro_batches: Iterable[Inputs], objective: Objective, machine: Machine
-) -> tuple[float, int]:
-    """Add up gradients of the summed loss; returns the sum and its number of targets."""
-    loss_sum, targets = 0.0, 0
+def _accumulate(engine: Engine, inputs: StepInputs, *, total_targets: float) -> float:
+    """Add up the gradients of this worker's micro-batches; returns its part of the mean loss."""
+    machine, strategy = engine.machine, engine.strategy
     mixed = machine.compute != torch.float32
-    for inputs in micro_batches:
-        with torch.autocast(machine.device.type, machine.compute, enabled=mixed):
-            loss = objective(trainee, inputs)
-        loss.backward()
-        loss_sum += float(loss.detach())
-        targets += int((inputs.labels >= 0).sum())
-    return loss_sum, targets
+    loss_sum = torch.zeros((), device=machine.device)
+    for number, batch in enumerate(inputs.micro_batches, 1):
+
+        def compute(batch: Inputs = batch) -> torch.Tensor:
+            with torch.autocast(machine.device.type, machine.compute, enabled=mixed):
+                return engine.objective(engine.trainee, batch)
+
+        loss = strategy.loss(compute) / total_targets
+        strategy.backward(loss, last=number == len(inputs.micro_batches))
+        loss_sum += loss.detach()
+    return float(loss_sum)
 
 
-def _reduce(
-    parameters: list[torch.nn.Parameter], loss_sum: float, targets: int, rank: Rank
-) -> tuple[float, int]:
-    """Sum loss, targets and gradients over all workers; gradients become means per target."""
-    device = parameters[0].device
-    sums = torch.tensor([loss_sum, float(targets)], dtype=torch.float64, device=device)
-    rank.reduce_sum(sums)
-    total_targets = max(1.0, float(sums[1]))
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([p.grad.view(-1) for p in parameters if p.grad is not None])
-    rank.reduce_sum(flat)
-    flat /= total_targets
-    offset = 0
-    for parameter in parameters:
-        assert parameter.grad is not None
-        size = parameter.numel()
-        parameter.grad.copy_(flat[offset : offset + size].view_as(parameter))
-        offset += size
-    return float(sums[0]) / total_targets, int(sums[1])
-
-
-def _require_sane(loss: float, targets: int, step: int, name: str) -> None:
-    where = f"stage {name}, step {step + 1}"
-    if targets == 0:
-        raise TrainingError(f"{where}: the batch holds no training target; check the loss mask")
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"{where}: the loss is {loss}; lower `learning_rate`, or train in float32"
-        )
-    if loss == 0.0:
-        raise TrainingError(
-            f"{where}: the loss is exactly 0, so nothing is being learned; check precision and data"
-        )
+def _sum_over_workers(engine: Engine, values: list[float]) -> list[float]:
+    sums = torch.tensor(values, dtype=torch.float64, device=engine.machine.device)
+    engine.rank.reduce_sum(sums)
+    found: list[float] = sums.tolist()
+    return found

@@ -1,28 +1,26 @@
-"""The driver's side of training: start Ray Train, show progress, return the last checkpoint.
+"""The driver's side of training: start Ray Train, follow it, return what was trained.
 
 A run is named by the hash of its settings and inputs. Whatever dies (a worker, a node, this
 process), starting the same stage again goes on from the last checkpoint of that name.
 Knows Ray Train; not what is trained or what becomes of the weights.
 """
 
-import json
 import signal
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from altiplano.config.schema import ClusterSection
-from altiplano.console import console, progress_bar
-from altiplano.errors import TrainingError
-from altiplano.train.worker import TrainJob, run_worker
+from altiplano.config.schema import ClusterSection, TrackSection
+from altiplano.console import console
+from altiplano.errors import MemoryShortageError, TrainingError
+from altiplano.train.follow import LOG, Board, Follower, read_log, read_records
+from altiplano.train.worker import WEIGHTS, TrainJob, run_worker
 
-LOG = "log.jsonl"
-EVENTS = "tensorboard"
-_PLOTTED = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
-_POLL_S = 0.3
+_STATES = "states"
+_RAY = "ray"
 
 
 @dataclass(frozen=True)
@@ -31,190 +29,178 @@ class TrainOutcome:
 
     weights_dir: Path
     work_dir: Path
-    """All of the run, `LOG` and `EVENTS` too; deleted once the stage's artifact is in place."""
+    """All of the run, its log and events too; deleted once the stage's artifact is in place."""
     metrics: dict[str, Any]
 
+    states: str
+    """Where its checkpoints lie, perhaps elsewhere."""
 
-def run_training(job: TrainJob, cluster: ClusterSection, work_root: Path) -> TrainOutcome:
+
+def run_training(
+    job: TrainJob, cluster: ClusterSection, work_root: Path, track: TrackSection | None = None
+) -> TrainOutcome:
     """Train on the connected Ray cluster and wait for the end.
 
     Args:
-        work_root: directory for checkpoints, on storage that all nodes share.
+        work_root: directory for what a run leaves until it is done, on storage that all nodes see.
 
     Raises:
-        TrainingError: the loss went bad, or workers died more often than `max_failures`.
+        TrainingError: the loss went bad, workers died more often than `max_failures`, or the
+            training was told to stop; a `MemoryShortageError` where that was the reason.
     """
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+
+    _wait_for_resources(cluster)
+    name = f"{job.settings.name}-{job.run_key[:12]}"
+    work_dir = work_root / name
+    work_dir.mkdir(parents=True, exist_ok=True)
+    job = replace(job, use_gpu=cluster.gpus_per_worker > 0)
+    board = ray.remote(num_cpus=0)(Board).remote()
+    states = str(work_dir / _STATES)
+    if cluster.checkpoints:
+        states = f"{cluster.checkpoints.rstrip('/')}/{name}"
+    config = {"job": job, "board": board, "work_dir": work_dir, "checkpoints": states}
+    follower = Follower(board, job.settings.name, work_dir, track or TrackSection())
+    with follower, _signals(follower):
+        result = _fit(config, cluster, work_dir)
+    _require_end(result, job, stopped=follower.stop_ordered)
+    return TrainOutcome(work_dir / WEIGHTS, work_dir, _metrics(result, work_dir), states)
+
+
+def _fit(config: dict[str, Any], cluster: ClusterSection, work_dir: Path) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    _require_resources(cluster)
-    name = f"{job.settings.name}-{job.run_key[:12]}"
-    work_dir = work_root / name
-    work_dir.mkdir(parents=True, exist_ok=True)
     use_gpu = cluster.gpus_per_worker > 0
-    job = replace(job, use_gpu=use_gpu)
-    board = ray.remote(num_cpus=0)(Board).remote()
     resources = {"CPU": cluster.cpus_per_worker}
     if use_gpu:
         resources["GPU"] = cluster.gpus_per_worker
     trainer = TorchTrainer(
         run_worker,
-        train_loop_config={"job": job, "board": board},
+        train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+            num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources,
+            placement_strategy=cluster.placement,
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(
-            name=name,
-            storage_path=str(work_root),
+            name=_RAY,
+            storage_path=str(work_dir),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
-    )
-    with _Follower(board, job.settings.name, work_dir), _own_interrupts():
-        try:
-            result = trainer.fit()
-        except TrainingFailedError as error:
-            raise TrainingError(_explain(error, job, cluster, work_dir)) from None
-    return _outcome(result, work_dir)
+    )  # fmt: skip
+    try:
+        return trainer.fit()
+    except TrainingFailedError as error:
+        told = _explain(error, config["job"], cluster, work_dir)
+        # Ray's memory monitor ends a worker before the system does, and says so.
+        is_shortage = "memory" in str(error).lower()
+        raise (MemoryShortageError if is_shortage else TrainingError)(told) from None
 
 
 @contextmanager
-def _own_interrupts() -> Iterator[None]:
-    """Make Ctrl-C a KeyboardInterrupt again.
+def _signals(follower: Follower) -> Iterator[None]:
+    """Make Ctrl-C a KeyboardInterrupt again, and SIGTERM an order to save and stop.
 
     Ray Train ends its workers on SIGINT, then exits with code 0, and leaves its handler installed.
+    Python allows handlers in the main thread only; elsewhere signals stay as they are.
     """
-    before = signal.getsignal(signal.SIGINT)
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, lambda *_: follower.order_stop())
     try:
         yield
     except SystemExit:
         raise KeyboardInterrupt from None
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-class Board:
-    """Ray actor that holds log records until the driver fetches them."""
-
-    def __init__(self) -> None:
-        self._records: list[dict[str, Any]] = []
-
-    def push(self, record: dict[str, Any]) -> None:
-        """Take one record."""
-        self._records.append(record)
-
-    def drain(self) -> list[dict[str, Any]]:
-        """Give and forget all records."""
-        records, self._records = self._records, []
-        return records
-
-
-class _Follower:
-    """Background thread: board -> bar, JSONL log and TensorBoard events, while `fit` blocks."""
-
-    def __init__(self, board: Any, title: str, work_dir: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board, self._title, self._log_file = board, title, work_dir / LOG
-        self._events = SummaryWriter(str(work_dir / EVENTS), flush_secs=5)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=10)
-        self._events.close()
-
-    def _follow(self) -> None:
-        with progress_bar() as bar, self._log_file.open("a", encoding="utf-8") as log:
-            task = bar.add_task(self._title, total=None, detail="starting workers")
-            last = False
-            while not last:
-                last = self._stop.wait(_POLL_S)
-                for record in self._drain():
-                    log.write(json.dumps(record) + "\n")
-                    self._show(bar, task, record)
-                log.flush()
-
-    def _drain(self) -> list[dict[str, Any]]:
-        import ray
-
-        try:
-            records: list[dict[str, Any]] = ray.get(self._board.drain.remote(), timeout=5)
-        except Exception:  # the cluster may be going away; `fit` reports why
-            return []
-        return records
-
-    def _show(self, bar: Any, task: Any, record: dict[str, Any]) -> None:
-        if record["event"] == "start":
-            console.log(f"{self._title}: {record['machine']}")
-            if record["step"]:
-                console.log(f"{self._title}: resumed after step {record['step']}")
-            bar.update(task, total=record["steps"], completed=record["step"], detail="")
-            return
-        for name in _PLOTTED:
-            self._events.add_scalar(name, record[name], record["step"])
-        detail = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
-        bar.update(task, completed=record["step"], detail=detail)
-
-
-def _require_resources(cluster: ClusterSection) -> None:
-    """Refuse at once what the cluster can never give."""
+def _wait_for_resources(cluster: ClusterSection) -> None:
+    """Wait `wait_s` for what the workers need, then refuse."""
     import ray
 
-    have = ray.cluster_resources()
-    for kind, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
-        need = each * cluster.num_workers
-        if need > have.get(kind, 0):
+    deadline, told = time.monotonic() + cluster.wait_s, False
+    while (lack := _lacking(cluster, ray.cluster_resources())) is not None:
+        if time.monotonic() >= deadline:
             raise TrainingError(
-                f"training needs {need:g} {kind} ({cluster.num_workers} workers x {each:g}), the "
-                f"cluster has {have.get(kind, 0):g}: lower cluster.num_workers or join a larger one"
+                f"{lack} after waiting {cluster.wait_s:g} s (cluster.wait_s): lower "
+                f"cluster.num_workers, or join a larger cluster"
             )
+        if not told:
+            told = True
+            console.log(f"{lack}; waiting up to {cluster.wait_s:g} s for more nodes")
+        time.sleep(0.5)
+
+
+def _lacking(cluster: ClusterSection, have: dict[str, float]) -> str | None:
+    workers = cluster.worker_range[0]
+    for kind, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
+        if (need := each * workers) > have.get(kind, 0):
+            return (
+                f"training needs {need:g} {kind} ({workers} workers x {each:g}), the cluster has "
+                f"{have.get(kind, 0):g}"
+            )
+    return None
 
 
 def _explain(error: Exception, job: TrainJob, cluster: ClusterSection, work_dir: Path) -> str:
     cause = str(error).strip().splitlines()
-    return (
-        f"stage {job.settings.name} failed after {cluster.max_failures} restarts: "
-        f"{cause[-1] if cause else error!r}\n"
-        f"run it again to go on from its last checkpoint in {work_dir}"
-    )
+    last = cause[-1] if cause else repr(error)
+    lines = [f"stage {job.settings.name} failed after {cluster.max_failures} restarts: {last}"]
+    stalled = [file for file in sorted(work_dir.glob("stalled-*.txt")) if file.stat().st_size]
+    if stalled:
+        lines.append(
+            f"a worker made no step for {cluster.stall_timeout_s:g} s (cluster.stall_timeout_s); "
+            f"what it was doing: {stalled[0]}"
+        )
+    lines.append(f"run it again to go on from its last checkpoint in {work_dir}")
+    return "\n".join(lines)
 
 
-def _outcome(result: Any, work_dir: Path) -> TrainOutcome:
-    """Check how the run ended and read its log."""
-    from altiplano.train.checkpoint import WEIGHTS
-
+def _require_end(result: Any, job: TrainJob, *, stopped: bool) -> None:
+    """Refuse a training that did not come to its end."""
     returned = result.return_value or {}
+    if returned.get("out_of_memory"):
+        raise MemoryShortageError(f"stage {job.settings.name}: {returned['stopped']}")
     if returned.get("stopped"):
         raise TrainingError(returned["stopped"])
-    if result.checkpoint is None:
-        raise TrainingError(f"no checkpoint was written in {work_dir}: zero steps were trained")
-    steps = read_log(work_dir / LOG)
+    if not returned.get("finished"):
+        why = "it was told to stop" if stopped else "it ended early"
+        raise TrainingError(
+            f"stage {job.settings.name}: {why}; the state after step {returned.get('step')} is "
+            f"saved, run it again to go on"
+        )
+
+
+def _metrics(result: Any, work_dir: Path) -> dict[str, Any]:
+    """What the stage's table shows, from the log."""
+    records = read_records(work_dir / LOG)
+    metrics: dict[str, Any] = {"machine": result.return_value["machine"]}
+    if steps := read_log(work_dir / LOG):
+        metrics = {**_summary(steps), **metrics}
+    if evaluations := [record for record in records if record["event"] == "evaluation"]:
+        for language, bits in evaluations[-1]["bits_per_byte"].items():
+            metrics[f"bits_per_byte_{language}"] = round(bits, 4)
+    return metrics
+
+
+def _summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
     speeds = sorted(record["tokens_per_second"] for record in steps)
-    metrics = {
-        "steps": steps[-1]["step"] if steps else None,
-        "first_loss": steps[0]["loss"] if steps else None,
-        "last_loss": steps[-1]["loss"] if steps else None,
-        "tokens_per_second": round(speeds[len(speeds) // 2]) if speeds else None,
-        "machine": returned.get("machine"),
+    shares = sorted(record["mfu"] for record in steps)
+    return {
+        "steps": steps[-1]["step"],
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+        "tokens_per_second": round(speeds[len(speeds) // 2]),
+        "mfu": round(shares[len(shares) // 2], 3),
+        "memory_mib": round(max(record["memory_mib"] for record in steps)),
     }
-    return TrainOutcome(Path(result.checkpoint.path) / WEIGHTS, work_dir, metrics)
-
-
-def read_log(log_file: Path) -> list[dict[str, Any]]:
-    """Step records by step; where a step was trained twice (after a kill), the later one."""
-    records: dict[int, dict[str, Any]] = {}
-    for line in log_file.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if record["event"] == "step":
-            records[record["step"]] = record
-    return [records[step] for step in sorted(records)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from altiplano.model.adapt import Trainee
     from altiplano.train.state import TrainState
 
 Tensors = dict[str, "torch.Tensor"]
@@ -67,3 +68,32 @@ class Strategy(Protocol):
 
         Moments may be empty: then only the weights are taken (a warm start).
         """
+
+
+def make_strategy(
+    trainee: "Trainee", sharing: Sharing, rank: Rank, device: "torch.device"
+) -> Strategy:
+    """The strategy a config means; called on every worker at once.
+
+    Args:
+        trainee: its model is on `device`, and the same on every worker.
+
+    Raises:
+        TrainingError: DeepSpeed is not installed, or cannot do what the stage wants.
+    """
+    if sharing.strategy == "ddp":
+        from altiplano.train.ddp import Replicated
+
+        return Replicated(trainee, rank)
+    from altiplano.train.zero import Zero
+
+    return Zero(trainee, sharing, rank, device)
+
+
+def make_optimizer(trainee: "Trainee") -> "torch.optim.AdamW":
+    """Fused AdamW (Loshchilov & Hutter 2019) over the trainee's groups, the same for everyone."""
+    import torch
+
+    return torch.optim.AdamW(
+        trainee.optimizer_groups(), betas=trainee.settings.betas, eps=1e-8, fused=True
+    )
