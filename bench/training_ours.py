@@ -93,8 +93,9 @@ def main() -> None:
             "gloo", init_method=f"file://{given.meet}", rank=given.rank, world_size=workers
         )
     settings = TrainSettings(
-        rows=given.rows, lora=LORA, learning_rate=2e-4, steps=WARM_UP + given.steps,
-        tokens_per_step=BLOCKS_PER_STEP * LENGTH, compile=given.compile,
+        rows=given.rows, lora=LORA, learning_rate=2e-4, precision="bfloat16",
+        steps=WARM_UP + given.steps, compile=given.compile,
+        tokens_per_step=BLOCKS_PER_STEP * LENGTH,
         micro_batch_tokens=BLOCKS_PER_STEP * LENGTH // workers,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:

@@ -113,7 +113,8 @@ class TrainSettings(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the forward pass; `auto` probes whether bfloat16 pays. Trained weights are fp32."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
-    """Attention kernel; `auto` takes FlashAttention on GPUs that have it, else PyTorch's SDPA."""
+    """Attention kernel. `sdpa`: PyTorch's, document by document; `auto` takes FlashAttention on
+    GPUs that have it, else `sdpa`."""
     gradient_checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, those of every second block, or of every
     block (less memory, a third more time)."""

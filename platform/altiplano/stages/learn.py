@@ -80,6 +80,7 @@ def _train(work: Work, settings: TrainSettings, parts: _Parts) -> TrainOutcome:
     from altiplano.data.tokens.store import TokenStore
     from altiplano.train.schedule import stream_seed
     from altiplano.train.strategy import Sharing
+    from altiplano.train.zero_config import deepspeed_config
 
     config = work.project.config
     tokens = work.inputs["tokens"].manifest
@@ -90,6 +91,10 @@ def _train(work: Work, settings: TrainSettings, parts: _Parts) -> TrainOutcome:
     )
     _check_beginning(work, named)
     cluster = config.cluster
+    sharing = Sharing(cluster.strategy, cluster.offload, _deepspeed_json(work))
+    if sharing.strategy != "ddp":
+        # A contradiction is said before any worker starts.
+        deepspeed_config(named, sharing, cluster.worker_range[0])
     job = TrainJob(
         settings=named,
         model_dir=parts.model_dir,
@@ -103,7 +108,7 @@ def _train(work: Work, settings: TrainSettings, parts: _Parts) -> TrainOutcome:
         teacher_dir=parts.teacher,
         held_out_dir=work.path("held_out" if "held_out" in work.inputs else "tokens"),
         held_out_bytes=config.evaluate.max_bytes_per_language,
-        sharing=Sharing(cluster.strategy, cluster.offload, _deepspeed_json(work)),
+        sharing=sharing,
         stall_timeout_s=cluster.stall_timeout_s,
         profile_steps=config.track.profile_steps,
     )

@@ -35,8 +35,8 @@ class Watchdog:
         """Look at one step.
 
         Raises:
-            TrainingError: no target, a loss that is NaN, infinite, exactly zero, or that rose
-                `max_loss_rise` nats above its lowest.
+            TrainingError: no target, a loss or gradient that is NaN or infinite, a loss of exactly
+                zero, or one that rose `max_loss_rise` nats above its lowest.
         """
         where = f"stage {self._settings.name}, step {record.step}"
         if record.targets == 0:
@@ -44,6 +44,11 @@ class Watchdog:
         if not math.isfinite(record.loss):
             raise TrainingError(
                 f"{where}: the loss is {record.loss}; lower `learning_rate`, or train in float32"
+            )
+        if not math.isfinite(record.grad_norm):
+            raise TrainingError(
+                f"{where}: the gradient's norm is {record.grad_norm}, so the step changed nothing; "
+                f"lower `learning_rate`, or train in float32"
             )
         if record.loss == 0.0:
             raise TrainingError(

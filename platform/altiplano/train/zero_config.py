@@ -43,8 +43,7 @@ def deepspeed_config(settings: TrainSettings, sharing: Sharing, workers: int) ->
             + "; ".join(problems)
             + '; drop these keys from the JSON, or set them to "auto"'
         )
-    config = _nested({**_preferred(sharing), **_flat(users), **fixed})
-    return config
+    return _nested({**_preferred(sharing), **_flat(users), **fixed})
 
 
 def _fixed(settings: TrainSettings, sharing: Sharing, workers: int) -> Json:
