@@ -1,4 +1,4 @@
-"""A training survives the loss of nodes, of a worker in the middle of a save, and of its driver."""
+"""A training survives the loss of nodes, of a worker in a save, and of its driver (90 s)."""
 
 import os
 import signal

@@ -38,6 +38,7 @@ ENDLESS = 100_000
 def main(folder: Path) -> None:
     """Lose one node of three at once, then one of two after a warning; then be told to stop."""
     os.environ |= NOTICED_SOON
+    import ray
     from ray.cluster_utils import Cluster
 
     from altiplano.config.schema import ClusterSection
@@ -57,6 +58,7 @@ def main(folder: Path) -> None:
         train(folder / "fewer", elastic, [announce_end, order_stop], endless=True)
     except TrainingError as error:
         (folder / "fewer" / "error").write_text(str(error))
+    ray.shutdown()
     cluster.shutdown()
 
 

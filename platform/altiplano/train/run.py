@@ -48,14 +48,12 @@ def run_training(
         TrainingError: the loss went bad, workers died more often than `max_failures`, or the
             training was told to stop; a `MemoryShortageError` where that was the reason.
     """
-    import ray
-
     _wait_for_resources(cluster)
     name = f"{job.settings.name}-{job.run_key[:12]}"
     work_dir = work_root / name
     work_dir.mkdir(parents=True, exist_ok=True)
     job = replace(job, use_gpu=cluster.gpus_per_worker > 0)
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board = _start_board()
     states = str(work_dir / _STATES)
     if cluster.checkpoints:
         states = f"{cluster.checkpoints.rstrip('/')}/{name}"
@@ -65,6 +63,15 @@ def run_training(
         result = _fit(config, cluster, work_dir)
     _require_end(result, job, stopped=follower.stop_ordered)
     return TrainOutcome(work_dir / WEIGHTS, work_dir, _metrics(result, work_dir), states)
+
+
+def _start_board() -> Any:
+    """A board on the driver's node: on another one it would end with it, and the training too."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
 
 
 def _fit(config: dict[str, Any], cluster: ClusterSection, work_dir: Path) -> Any:
