@@ -116,7 +116,7 @@ def test_an_unreadable_corpus_is_named(run: Path, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_a_bad_config_is_refused(run: Path, override: str, stage: str, expected: list[str]) -> None:
-    message = refusal(*until(stage, run, override))
+    message = refusal(*until(stage, run, override, "cluster.wait_s=0"))
     assert all(words in message for words in expected), message
 
 

@@ -12,9 +12,13 @@ import pytest
 from altiplano import commands
 from altiplano.artifact import Artifact, open_artifact, write_artifact
 from altiplano.config import Project, load_config
+from altiplano.config.training import TrainSettings
 from altiplano.errors import AltiplanoError, ArtifactError, MismatchError
 from altiplano.pipeline import build_stages, run_stages, select, survey
 from altiplano.stages.stage import artifact_path
+from altiplano.train.checkpoint import read_state
+from altiplano.train.follow import read_log, read_records
+from altiplano.train.schedule import learning_rate_factor
 from altiplano.vocabulary.load import Vocabulary
 from tests.helpers.tiny_config import STEPS, tiny_project, tiny_tree, training, write_config
 
@@ -98,6 +102,38 @@ def test_training_leaves_its_curve_and_log(finished: Project, name: str) -> None
     assert (logs / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((logs / "tensorboard").glob("events.out.tfevents.*"))
     assert artifact(finished, name).manifest.metrics["steps"] == STEPS
+
+
+def test_a_stage_measures_and_keeps_what_it_is_asked_for(finished: Project) -> None:
+    """Held-out bits per byte while training are those that the report has afterwards."""
+    stage = artifact_path(finished, "pretrain-lora")
+    measured = [r for r in read_records(stage / "logs" / "log.jsonl") if r["event"] == "evaluation"]
+    assert [record["step"] for record in measured] == list(range(1, STEPS + 1))
+    best = [record for record in measured if record["best"]][-1]["bits_per_byte"]
+    report = json.loads((artifact_path(finished, "evaluate") / "report.json").read_text())
+    assert report["bits_per_byte"]["pretrain-lora"] == pytest.approx(best, rel=1e-3)
+    assert read_state(stage / "optimizer").progress["steps"] == STEPS
+    assert json.loads((stage / "logs" / "profile.json").read_text())["traceEvents"]
+
+
+def test_a_stage_goes_on_where_an_earlier_run_ended(project: Project) -> None:
+    """New steps on the old curve, from the old moments; the earlier run stays as it is."""
+    shutil.copytree(artifact_path(project, "pretrain-lora"), project.root / "earlier")
+    tree = tiny_tree()
+    tree["pretrain"]["stages"][0] |= {
+        "steps": 2 * STEPS, "begin": {"mode": "continue", "path": "earlier"},
+    }  # fmt: skip
+    project = load_config(write_config(project.root, tree))
+    (stage,) = (stage for stage in build_stages(project) if stage.name == "pretrain-lora")
+    (made,) = run_stages(project, [stage])
+    records = read_log(made.path / "logs" / "log.jsonl")
+    assert [record["step"] for record in records] == [STEPS + 1, 2 * STEPS]
+    settings = TrainSettings(**tree["pretrain"]["stages"][0])
+    assert [record["learning_rate"] for record in records] == [
+        settings.learning_rate * learning_rate_factor(step, 2 * STEPS, settings)
+        for step in range(STEPS, 2 * STEPS)
+    ]
+    assert run_stages(project, [stage]) == []
 
 
 def test_the_report_has_every_number(finished: Project) -> None:

@@ -26,6 +26,7 @@ from altiplano.train.local import train_here
 from altiplano.train.machine import Machine
 from altiplano.train.run import run_training
 from altiplano.train.schedule import stream_seed
+from altiplano.train.strategy import Sharing
 from altiplano.train.worker import TrainJob
 from tests.helpers.command import Command
 from tests.helpers.tiny_config import training, write_imported_run
@@ -99,6 +100,17 @@ def test_two_ray_workers_train_as_one_does_without_ray(
     assert {path.name: path.read_bytes() for path in resumed.weights_dir.iterdir()} == weights
     assert [record["step"] for record in starts_of(resumed.work_dir / LOG)] == [0, 6]
     assert losses_of(resumed.work_dir / LOG) == losses_of(outcome.work_dir / LOG)
+
+
+def test_zero_on_ray_trains_as_one_worker_does(
+    job: TrainJob, tmp_path: Path, ray_cluster: dict[str, str]
+) -> None:
+    """DeepSpeed inside Ray's workers; `tests/test_strategy.py` has every stage of ZeRO."""
+    job = replace(job, sharing=Sharing("zero2"))
+    outcome = run_training(job, WORKERS, tmp_path / "work")
+    np.testing.assert_allclose(
+        losses_of(outcome.work_dir / LOG), losses_without_ray(job), rtol=1e-4
+    )
 
 
 def has_come_far(work_dir: Path) -> bool:

@@ -53,7 +53,13 @@ def tiny_tree(output: str = "run") -> dict[str, Any]:
             "system_prompt": "",
             "held_out": 0.1,
         },
-        "pretrain": {"stages": [training(name="lora", lora=lora)]},
+        "pretrain": {
+            "stages": [
+                training(
+                    name="lora", lora=lora, evaluate_steps=1, keep_best=True, keep_optimizer=True
+                )
+            ]
+        },
         "sft": training(lora=lora),
         "draft": {"layers": 1, "train": training()},
         "evaluate": {
@@ -65,6 +71,7 @@ def tiny_tree(output: str = "run") -> dict[str, Any]:
         },
         "serve": {"kv_cache_gib": 0.25, "dtype": "float32", "model_name": "tiny"},
         "cluster": {"num_workers": 2, "dashboard": False, "object_store_mib": 100},
+        "track": {"profile_steps": [2, 2]},
     }
 
 

@@ -378,7 +378,7 @@ class TrackSection(Section):
     wandb_project: str | None = None
     """Weights & Biases project; needs the `track` extra and WANDB_API_KEY."""
     mlflow_uri: str | None = None
-    """MLflow tracking address, or a directory; needs the `track` extra."""
+    """MLflow tracking address, such as http://host:5000; needs the `track` extra."""
     profile_steps: tuple[int, int] | None = None
     """Write a torch.profiler trace of these steps, first and last, into the run's logs."""
 

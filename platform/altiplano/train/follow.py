@@ -131,8 +131,14 @@ class Follower:
                 bar.update(task, completed=record["step"], detail=detail)
 
     def _log(self, values: dict[str, float], step: int) -> None:
-        for sink in self._sinks:
-            sink.log(values, step)
+        for sink in list(self._sinks):
+            try:
+                sink.log(values, step)
+            # A service that cannot be reached must not end what is seen elsewhere.
+            except Exception as error:
+                name = type(sink).__name__.strip("_")
+                console.log(f"{self._title}: {name} gets no more numbers: {error}")
+                self._sinks.remove(sink)
 
 
 class _TensorBoard:
