@@ -22,6 +22,8 @@ from altiplano.train.schedule import make_schedule, stream_seed
 from altiplano.train.state import TrainState
 from altiplano.train.watch import Watchdog
 from tests.helpers.tiny_run import LENGTH, VOCAB_OLD, write_model, write_store
+from tests.helpers.worlds import losses_of_groups
+from tests.helpers.worlds import train as train_alone
 
 CPU = Machine(torch.device("cpu"), torch.float32, DOCUMENTS, "test")
 STEPS = 12
@@ -64,6 +66,14 @@ def folder(tmp_path: Path) -> Path:
     write_model(tmp_path / "m")
     write_store(tmp_path / "s")
     return tmp_path
+
+
+def test_the_trajectory_does_not_depend_on_the_number_of_workers(folder: Path) -> None:
+    """Unequal target counts per block; with five workers one of them has no block at all."""
+    alone = train_alone(folder, 0, 1)
+    assert len(alone) == 20
+    for losses in losses_of_groups(folder, [5, 4, 2]).values():
+        np.testing.assert_allclose(losses, alone, rtol=2e-5)
 
 
 def test_the_trajectory_does_not_depend_on_the_micro_batch(folder: Path) -> None:
