@@ -254,7 +254,7 @@ def test_ctrl_c_in_training_keeps_what_is_done(tmp_path: Path) -> None:
     run = write_imported_run(tmp_path, pretrain={"stages": [stage]})
     output = tmp_path / "run"
     with Command(tmp_path, *until("pretrain", run)) as command:
-        command.wait_until(lambda: any(output.glob(".training/*/checkpoint-*")))
+        command.wait_until(lambda: any(output.glob(".training/*/states/step-*")))
         message = refusal(*until("pretrain", run))
         assert f"process {command.pid} is writing into {output}" in message
         command.interrupt()

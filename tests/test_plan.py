@@ -183,7 +183,12 @@ def test_a_published_shape_and_vocabulary_need_nothing_on_disk(tmp_path: Path) -
     )
     assert total(planned.stages[0].trainable) == 2 * 17953 * 4096
     assert not any("at most" in note or "zh.model" in note for note in planned.notes)
-    kept = make_plan(load(tmp_path, base_model=known, tokenizer={"unchanged": True}))
+    with pytest.raises(ConfigError, match="`tokenizer.unchanged` leaves no new rows"):
+        load(tmp_path, base_model=known, tokenizer={"unchanged": True})
+    whole = {"stages": [{"name": "all", "rows": "all"}]}
+    kept = make_plan(
+        load(tmp_path, base_model=known, tokenizer={"unchanged": True}, pretrain=whole)
+    )
     assert kept.vocab_new_at_most == kept.vocab_old == 32000
     with pytest.raises(ConfigError, match="31999, the base alone has 32000"):
         make_plan(load(tmp_path, base_model=known, tokenizer={"vocab_size": 50, "pieces": 31999}))

@@ -73,7 +73,8 @@ def test_a_node_that_announces_its_end_and_an_order_to_stop_both_save_first(lost
 def kill_writer(work_dir: Path, found: list[Path]) -> None:
     """Kill worker 0 while its second checkpoint or a later one is half-written."""
     states = work_dir / "states"
-    wait_for(lambda: any(states.glob("step-*")))
+    # The driver writes the log a moment after the workers have begun.
+    wait_for(lambda: any(states.glob("step-*")) and bool(starts_of(work_dir)))
     pid = starts_of(work_dir)[0]["pid"]
     while not found:
         if half := list(states.glob(".writing-*")):
@@ -88,7 +89,7 @@ def test_a_worker_killed_in_the_middle_of_a_save_goes_on_from_the_one_before(
     # 20,000 rows, so that a save takes long enough to be hit.
     job = replace(
         make_job(tmp_path),
-        settings=settings(steps=20, checkpoint_steps=2, full=True, rows="none", lora=None),
+        settings=settings(steps=100, checkpoint_steps=2, full=True, rows="none", lora=None),
         model_dir=write_model(tmp_path / "large", vocab=20_000),
     )
     work_dir, half = work_dir_of(tmp_path), []
