@@ -7,6 +7,7 @@ Knows nothing of rows, optimizers or where files lie. Costs one SVD sketch per l
 """
 
 import json
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,9 @@ from altiplano.model.rows import PaddedHead
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from transformers import LlamaForCausalLM
+
+# PEFT imports bitsandbytes where it is installed, which then misses an optional package aloud.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 ADAPTER = "default"
 KEY_PREFIX = "base_model.model."

@@ -75,6 +75,7 @@ def _start_board() -> Any:
 
 
 def _fit(config: dict[str, Any], cluster: ClusterSection, work_dir: Path) -> Any:
+    from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
@@ -101,6 +102,12 @@ def _fit(config: dict[str, Any], cluster: ClusterSection, work_dir: Path) -> Any
     )  # fmt: skip
     try:
         return trainer.fit()
+    except RayError as error:
+        first = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"stage {config['job'].settings.name}: the Ray cluster was lost ({first}); run it again "
+            f"to go on from its last checkpoint in {work_dir}"
+        ) from None
     except TrainingFailedError as error:
         told = _explain(error, config["job"], cluster, work_dir)
         # Ray's memory monitor ends a worker before the system does, and says so.
