@@ -105,8 +105,8 @@ def _fit(config: dict[str, Any], cluster: ClusterSection, work_dir: Path) -> Any
     except RayError as error:
         first = str(error).strip().splitlines()[0]
         raise TrainingError(
-            f"stage {config['job'].settings.name}: the Ray cluster was lost ({first}); run it again "
-            f"to go on from its last checkpoint in {work_dir}"
+            f"stage {config['job'].settings.name}: the Ray cluster was lost ({first}); run it "
+            f"again to go on from its last checkpoint in {work_dir}"
         ) from None
     except TrainingFailedError as error:
         told = _explain(error, config["job"], cluster, work_dir)
