@@ -26,7 +26,7 @@ from altiplano.model.counts import LlamaShape, flops_per_token
 from altiplano.model.load import load_config
 from altiplano.train.checkpoints import Checkpoints
 from altiplano.train.feed import Feed
-from altiplano.train.loop import Engine, StepRecord, Verdict, train
+from altiplano.train.loop import Asked, Engine, StepRecord, Verdict, train
 from altiplano.train.machine import choose_machine, matrix_speed
 from altiplano.train.schedule import make_schedule, stream_seed
 from altiplano.train.state import TrainState
@@ -49,9 +49,9 @@ class Clock:
     peak: int = 0
     stopped_s: float = 0.0
 
-    def stop_asked(self) -> bool:
-        """Never."""
-        return False
+    def asks(self) -> Asked:
+        """Nothing."""
+        return Asked()
 
     def before_step(self, step: int) -> None:
         """Nothing to do."""

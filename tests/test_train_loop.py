@@ -16,7 +16,7 @@ from altiplano.model.load import load_model
 from altiplano.train.batch import make_inputs
 from altiplano.train.checkpoint import read_state, write_state
 from altiplano.train.local import train_here
-from altiplano.train.loop import StepRecord
+from altiplano.train.loop import Asked, StepRecord
 from altiplano.train.machine import Machine, choose_machine
 from altiplano.train.schedule import make_schedule, stream_seed
 from altiplano.train.state import TrainState
@@ -152,7 +152,7 @@ def test_the_choice_of_machine_says_why() -> None:
 
 
 def record(step: int, loss: float) -> StepRecord:
-    return StepRecord(step, 99, loss, 1e-3, 1e-3, 1.0, 10, 100.0, 0.1, 0.0)
+    return StepRecord(step, 99, loss, 1e-3, 1e-3, 1.0, 10, 100.0, 0.1, 0.0, Asked())
 
 
 def test_a_loss_that_rises_for_long_is_called_diverging() -> None:

@@ -21,6 +21,7 @@ from altiplano.errors import TrainingError
 from altiplano.model.adapt import make_trainee
 from altiplano.model.attention import DOCUMENTS
 from altiplano.model.load import load_model
+from altiplano.storage import delete_folder
 from altiplano.train.follow import LOG, read_log
 from altiplano.train.local import train_here
 from altiplano.train.machine import Machine
@@ -29,6 +30,7 @@ from altiplano.train.schedule import stream_seed
 from altiplano.train.strategy import Sharing
 from altiplano.train.worker import TrainJob
 from tests.helpers.command import Command
+from tests.helpers.s3 import Bucket
 from tests.helpers.tiny_config import training, write_imported_run
 from tests.helpers.tiny_run import LENGTH, VOCAB_OLD, write_model, write_store
 
@@ -103,11 +105,17 @@ def test_two_ray_workers_train_as_one_does_without_ray(
 
 
 def test_zero_on_ray_trains_as_one_worker_does(
-    job: TrainJob, tmp_path: Path, ray_cluster: dict[str, str]
+    job: TrainJob, tmp_path: Path, ray_cluster: dict[str, str], s3_bucket: Bucket
 ) -> None:
-    """DeepSpeed inside Ray's workers; `tests/test_strategy.py` has every stage of ZeRO."""
+    """DeepSpeed inside Ray's workers, checkpoints on S3; `test_strategy.py` has all of ZeRO."""
     job = replace(job, sharing=Sharing("zero2"))
-    outcome = run_training(job, WORKERS, tmp_path / "work")
+    cluster = WORKERS.model_copy(update={"checkpoints": f"s3://{s3_bucket.name}/runs"})
+    outcome = run_training(job, cluster, tmp_path / "work")
+    assert outcome.states.startswith(f"s3://{s3_bucket.name}/runs/test-")
+    kept = s3_bucket.client.list_objects_v2(Bucket=s3_bucket.name)["Contents"]
+    assert {Path(item["Key"]).parent.name for item in kept} == {"step-00000006"}
+    delete_folder(outcome.states)
+    assert "Contents" not in s3_bucket.client.list_objects_v2(Bucket=s3_bucket.name)
     np.testing.assert_allclose(
         losses_of(outcome.work_dir / LOG), losses_without_ray(job), rtol=1e-4
     )

@@ -15,7 +15,7 @@ from altiplano.config.training import TrainSettings
 from altiplano.errors import MemoryShortageError, TrainingError
 from altiplano.plan import explain_oom, make_plan
 from altiplano.train.follow import Board, Follower, read_log, read_records
-from altiplano.train.loop import StepRecord
+from altiplano.train.loop import Asked, StepRecord
 from altiplano.train.run import _explain, _lacking, _require_end
 from altiplano.train.watch import Meter, Profiler
 from altiplano.train.worker import TrainJob
@@ -60,7 +60,7 @@ def test_the_profiler_writes_the_steps_it_is_asked_for(tmp_path: Path) -> None:
 
 
 def step_record(step: int = 3) -> StepRecord:
-    return StepRecord(step, 10, 2.5, 1e-3, 2e-3, 0.7, 64, 200.0, 0.5, 0.01)
+    return StepRecord(step, 10, 2.5, 1e-3, 2e-3, 0.7, 64, 200.0, 0.5, 0.01, Asked())
 
 
 def test_the_meter_tells_share_of_the_machine_and_time_left() -> None:

@@ -12,7 +12,7 @@ from altiplano.data.tokens.store import TokenStore
 from altiplano.model import attention
 from altiplano.model.adapt import Trainee
 from altiplano.train.feed import Feed
-from altiplano.train.loop import Engine, Objective, StepRecord, Verdict, train
+from altiplano.train.loop import Asked, Engine, Objective, StepRecord, Verdict, train
 from altiplano.train.machine import Machine, choose_machine
 from altiplano.train.schedule import make_schedule
 from altiplano.train.state import TrainState
@@ -38,9 +38,9 @@ class Recorder:
     snapshot: Callable[[int], TrainState | None] = lambda step: None
     state: TrainState | None = None
 
-    def stop_asked(self) -> bool:
-        """Never asked from outside."""
-        return self.stop_after is not None and len(self.records) + 1 == self.stop_after
+    def asks(self) -> Asked:
+        """To stop after `stop_after` records."""
+        return Asked(stop=len(self.records) + 1 == self.stop_after)
 
     def before_step(self, step: int) -> None:
         """Nothing to do."""

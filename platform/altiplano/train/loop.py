@@ -7,7 +7,7 @@ Knows nothing of Ray, files or the terminal: the observer does.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,8 +42,18 @@ class StepRecord:
     """Block positions of the global batch per second, padding included."""
     seconds: float
     data_wait_s: float
-    stop_asked: bool = False
-    """Some worker was told to save and end."""
+    asked: "Asked"
+    """Of any worker."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What workers want of all of them after this step."""
+
+    stop: bool = False
+    """Save and end."""
+    look: bool = False
+    """See together whether a node is about to be taken away, which costs a barrier."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +69,8 @@ class Verdict:
 class Observer(Protocol):
     """What the loop tells, and asks; called on every worker, in the same order."""
 
-    def stop_asked(self) -> bool:
-        """Whether this worker was told to save and end."""
+    def asks(self) -> Asked:
+        """What this worker wants; where one wants it, all do it."""
 
     def before_step(self, step: int) -> None:
         """A step begins; 1-based."""
@@ -99,12 +109,12 @@ def train(engine: Engine, observer: Observer, *, start_step: int) -> int:
     engine.trainee.model.train()
     for done in range(start_step + 1, steps + 1):
         observer.before_step(done)
-        record = _take_step(engine, done - 1, stop_asked=observer.stop_asked())
+        record = _take_step(engine, done - 1, observer.asks())
         save = observer.on_step(record)
         verdict = Verdict(best=False, stop=False)
         if evaluation_due(settings, done, steps):
             verdict = observer.on_evaluation(done)
-        ends = verdict.stop or record.stop_asked or done == steps
+        ends = verdict.stop or record.asked.stop or done == steps
         if save or ends or verdict.best or done % settings.checkpoint_steps == 0:
             observer.on_checkpoint(done, best=verdict.best)
         if ends:
@@ -112,13 +122,13 @@ def train(engine: Engine, observer: Observer, *, start_step: int) -> int:
     return start_step
 
 
-def _take_step(engine: Engine, step: int, *, stop_asked: bool) -> StepRecord:
+def _take_step(engine: Engine, step: int, asks: Asked) -> StepRecord:
     started = time.perf_counter()
     settings, schedule, rank = engine.trainee.settings, engine.schedule, engine.rank
     torch.manual_seed(stream_seed(engine.seed, "dropout", step, rank.index))
     inputs = engine.feed.take(step)
-    counted = _sum_over_workers(engine, [float(inputs.targets), float(stop_asked)])
-    loss_sum = _accumulate(engine, inputs, total_targets=max(1.0, counted[0]))
+    targets, stop, look = _sum_over_workers(engine, [inputs.targets, asks.stop, asks.look])
+    loss_sum = _accumulate(engine, inputs, total_targets=max(1.0, targets))
     factor = learning_rate_factor(step, schedule.steps, settings)
     norm = engine.strategy.step(factor, settings.max_grad_norm)
     (loss,) = _sum_over_workers(engine, [loss_sum])
@@ -130,11 +140,11 @@ def _take_step(engine: Engine, step: int, *, stop_asked: bool) -> StepRecord:
         learning_rate=settings.learning_rate * factor,
         rows_learning_rate=(settings.rows_learning_rate or settings.learning_rate) * factor,
         grad_norm=norm,
-        targets=int(counted[0]),
+        targets=int(targets),
         tokens_per_second=engine.feed.positions_per_step / seconds,
         seconds=seconds,
         data_wait_s=inputs.waited_s,
-        stop_asked=counted[1] > 0,
+        asked=Asked(stop > 0, look > 0),
     )
 
 
@@ -155,7 +165,7 @@ def _accumulate(engine: Engine, inputs: StepInputs, *, total_targets: float) -> 
     return float(loss_sum)
 
 
-def _sum_over_workers(engine: Engine, values: list[float]) -> list[float]:
+def _sum_over_workers(engine: Engine, values: Sequence[float]) -> list[float]:
     sums = torch.tensor(values, dtype=torch.float64, device=engine.machine.device)
     engine.rank.reduce_sum(sums)
     found: list[float] = sums.tolist()

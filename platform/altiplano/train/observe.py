@@ -5,12 +5,13 @@ Knows Ray Train and the modules of this room; not how a step is computed.
 """
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from altiplano.train.begin import STEPS
 from altiplano.train.best import Progress
-from altiplano.train.loop import Engine, StepRecord, Verdict
+from altiplano.train.loop import Asked, Engine, StepRecord, Verdict
 from altiplano.train.state import TrainState
 from altiplano.train.watch import Meter, Profiler, StallTimer, Watchdog
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 PROFILE = "profile.json"
 STALLED = "stalled-{}.txt"
+_LOOK_S = 2.0
+"""Ray itself asks every 5 s which nodes will be taken away."""
 _GAUGES = ("loss", "tokens_per_second", "learning_rate", "grad_norm", "mfu", "memory_mib",
            "data_wait_s")  # fmt: skip
 
@@ -56,6 +59,7 @@ class WorkerObserver:
         self._profiler = Profiler(steps, work_dir / PROFILE)
         self._gauges: dict[str, Any] = {}
         self._answer: Any = None
+        self._looked = time.monotonic()
 
     def __enter__(self) -> Self:
         self._stall.beat()
@@ -83,14 +87,18 @@ class WorkerObserver:
             matrix_tflops=self._meter.flops_per_second / 1e12,
         )  # fmt: skip
 
-    def stop_asked(self) -> bool:
-        """Whether the driver wants the training saved and ended."""
+    def asks(self) -> Asked:
+        """Worker 0 passes the driver's order to stop on, and asks to look at the nodes."""
         if self._answer is None:
-            return False
+            return Asked()
         import ray
 
         ready, _ = ray.wait([self._answer], timeout=0)
-        return bool(ready) and bool(ray.get(self._answer))
+        stop = bool(ready) and bool(ray.get(self._answer))
+        look = time.monotonic() - self._looked > _LOOK_S
+        if look:
+            self._looked = time.monotonic()
+        return Asked(stop, look)
 
     def before_step(self, step: int) -> None:
         """Begin profiling where this is its first step."""
@@ -107,7 +115,7 @@ class WorkerObserver:
             for name, gauge in self._gauges.items():
                 gauge.set(values[name], tags={"stage": self._settings.name})
             self._send(event="step", **values)
-        return due and _node_is_leaving()
+        return record.asked.look and _node_is_leaving()
 
     def on_evaluation(self, step: int) -> Verdict:
         """Held-out bits per byte of every language; the same numbers on every worker."""

@@ -77,9 +77,10 @@ class Meter:
 
     def measure(self, record: "StepRecord") -> dict[str, Any]:
         """The step with its share of the machine's matrix speed, memory and time left."""
-        speed = record.tokens_per_second
+        speed, values = record.tokens_per_second, asdict(record)
+        del values["asked"]
         return {
-            **asdict(record),
+            **values,
             "mfu": speed * self.flops_per_token / self.flops_per_second,
             "memory_mib": _memory_bytes() / 2**20,
             "seconds_left": (record.steps - record.step) * record.seconds,

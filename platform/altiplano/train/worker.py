@@ -125,11 +125,8 @@ class _Worker:
 
     def _newest_state(self) -> "TrainState | None":
         """The state to go on from: worker 0 decides which, every worker reads it."""
-        step = _agreed(self._checkpoints.newest_step) if self._checkpoints else None
-        if step is None:
-            return None
-        state: TrainState = self._checkpoints.read(step)
-        return state
+        step: int | None = _agreed(self._checkpoints.newest_step)
+        return None if step is None else self._checkpoints.read(step)
 
     def _agree_on_machine(self, state: "TrainState | None") -> "Machine":
         """What worker 0 chooses, for all workers: a probe on each could come out differently.
