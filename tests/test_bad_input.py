@@ -250,7 +250,7 @@ def test_what_cannot_be_served_is_named(tmp_path: Path, target: str) -> None:
 
 
 def test_ctrl_c_in_training_keeps_what_is_done(tmp_path: Path) -> None:
-    stage = training(name="lora", lora={"r": 2}, steps=2000, checkpoint_steps=10)
+    stage = training(name="lora", lora={"r": 2}, steps=20_000, checkpoint_steps=10)
     run = write_imported_run(tmp_path, pretrain={"stages": [stage]})
     output = tmp_path / "run"
     with Command(tmp_path, *until("pretrain", run)) as command:

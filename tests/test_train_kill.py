@@ -1,6 +1,7 @@
 """A training survives the loss of nodes, of a worker in a save, and of its driver (90 s)."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,8 +60,11 @@ def test_a_node_that_announces_its_end_and_an_order_to_stop_both_save_first(lost
 
     losses = losses_of(work_dir / LOG)
     told = (lost / "fewer" / "error").read_text()
-    assert f"told to stop; the state after step {len(losses)} is saved" in told
-    assert (work_dir / "states" / f"step-{len(losses):08d}").is_dir()
+    found = re.search(r"told to stop; the state after step (\d+) is saved", told)
+    assert found is not None, told
+    # The log may know later steps, made between the last save and the node's end.
+    assert last["step"] < int(found[1]) <= len(losses)
+    assert (work_dir / "states" / f"step-{int(found[1]):08d}").is_dir()
 
     job = job_of(lost / "fewer")
     seed = stream_seed(job.seed, "lora")

@@ -128,7 +128,8 @@ def has_come_far(work_dir: Path) -> bool:
 
 def kill_first_worker(work_dir: Path) -> None:
     """Wait for some checkpoints, then kill the worker that writes them."""
-    while not has_come_far(work_dir):
+    log = work_dir / "log.jsonl"
+    while not (has_come_far(work_dir) and log.is_file() and starts_of(log)):
         time.sleep(0.01)
     os.kill(starts_of(work_dir / "log.jsonl")[0]["pid"], signal.SIGKILL)
 
@@ -136,7 +137,9 @@ def kill_first_worker(work_dir: Path) -> None:
 def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(
     job: TrainJob, tmp_path: Path, ray_cluster: dict[str, str]
 ) -> None:
-    job = replace(job, settings=settings(steps=30, checkpoint_steps=3))
+    # Many micro-batches: a step takes long enough for the kill to come between two of them.
+    slow = settings(steps=30, checkpoint_steps=3, tokens_per_step=24 * LENGTH)
+    job = replace(job, settings=slow)
     work_dir = tmp_path / "work" / "test-0123456789ab"
     killer = threading.Thread(target=kill_first_worker, args=(work_dir,), daemon=True)
     killer.start()
@@ -182,7 +185,10 @@ def test_more_than_the_cluster_has_is_refused_at_once(
 
 
 def test_a_killed_command_goes_on_where_it_was(tmp_path: Path) -> None:
-    stage = training(name="lora", lora={"r": 2}, steps=60, checkpoint_steps=3)
+    stage = training(
+        name="lora", lora={"r": 2}, steps=60, checkpoint_steps=3, tokens_per_step=24 * 64,
+        micro_batch_tokens=64,
+    )  # fmt: skip
     config = write_imported_run(tmp_path, pretrain={"stages": [stage]})
     order = ("run", config, "--until", "pretrain")
     training_dir = tmp_path / "run" / ".training"

@@ -28,7 +28,9 @@ NOTICED_SOON = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "8",
 }
-STEPS = 200
+STEPS = 100
+BLOCKS = 24
+"""Of a step, one micro-batch each: a step takes long enough for something to happen in it."""
 GRACE_S = 6
 """How long a node goes on after its end was announced."""
 ENDLESS = 100_000
@@ -86,12 +88,12 @@ def train(
 def make_job(folder: Path, *, endless: bool = False) -> "TrainJob":
     """A tiny training; an endless one saves only where it is told to."""
     from altiplano.train.worker import TrainJob
-    from tests.helpers.tiny_run import VOCAB_OLD, write_model, write_store
+    from tests.helpers.tiny_run import LENGTH, VOCAB_OLD, write_model, write_store
     from tests.test_train_ray import settings
 
-    given = {"steps": STEPS, "checkpoint_steps": 3}
+    given = {"steps": STEPS, "checkpoint_steps": 3, "tokens_per_step": BLOCKS * LENGTH}
     if endless:
-        given = {"steps": ENDLESS, "checkpoint_steps": ENDLESS}
+        given |= {"steps": ENDLESS, "checkpoint_steps": ENDLESS}
     return TrainJob(
         settings=settings(**given), model_dir=write_model(folder / "model"), adapter_dirs=(),
         vocab_old=VOCAB_OLD, store_dir=write_store(folder / "store"), seed=5,
