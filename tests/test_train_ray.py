@@ -14,7 +14,7 @@ import torch
 
 from altiplano.artifact import open_artifact
 from altiplano.config import load_config
-from altiplano.config.schema import ClusterSection
+from altiplano.config.cluster import ClusterSection
 from altiplano.config.training import LoraSettings, TrainSettings
 from altiplano.data.tokens.store import TokenStore
 from altiplano.errors import TrainingError

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from altiplano.config.schema import ClusterSection, TrackSection
+from altiplano.config.cluster import ClusterSection, TrackSection
 from altiplano.config.training import TrainSettings
 from altiplano.errors import MemoryShortageError, TrainingError
 from altiplano.plan import explain_oom, make_plan

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from altiplano.config.schema import ClusterSection
+from altiplano.config.cluster import ClusterSection
 from altiplano.console import console
 from altiplano.errors import AltiplanoError
 

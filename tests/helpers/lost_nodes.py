@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from altiplano.config.schema import ClusterSection
+    from altiplano.config.cluster import ClusterSection
     from altiplano.train.worker import TrainJob
 
 # A lost node is noticed in seconds; Ray's defaults may take 50.
@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    from altiplano.config.schema import ClusterSection
+    from altiplano.config.cluster import ClusterSection
     from altiplano.errors import TrainingError
 
     small = {"object_store_memory": 80 * 2**20}

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from altiplano.config.cluster import ClusterSection
 from altiplano.config.loader import Project
-from altiplano.config.schema import ClusterSection
 from altiplano.config.training import TrainSettings
 from altiplano.model.counts import Counts, LlamaShape, count_parameters, trainable_parameters
 from altiplano.plan.memory import Load, Sharing, worker_memory

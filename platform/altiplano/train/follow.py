@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from altiplano.config.schema import TrackSection
+from altiplano.config.cluster import TrackSection
 from altiplano.console import console, progress_bar
 from altiplano.errors import TrainingError
 

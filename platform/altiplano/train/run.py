@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from altiplano.config.schema import ClusterSection, TrackSection
+from altiplano.config.cluster import ClusterSection, TrackSection
 from altiplano.console import console
 from altiplano.errors import MemoryShortageError, TrainingError
 from altiplano.train.follow import LOG, Board, Follower, read_log, read_records
