@@ -196,7 +196,8 @@ def test_a_resumed_run_decides_as_the_uninterrupted_one(
     for number, value in enumerate(values):
         if number == cut:
             progress = Progress.from_json(json.loads(json.dumps(progress.to_json())), settings)
-        told.append((progress.update(number, {"a": value, "b": value}), progress.should_stop))
+        bits = {"a": value - 0.5, "b": value + 0.5}
+        told.append((progress.update(number, bits), progress.should_stop))
     best, stop, _ = follow(values, settings)
     assert [stopped for _, stopped in told] == stop
     assert [was_best for was_best, _ in told] == best
