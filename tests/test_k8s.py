@@ -156,7 +156,7 @@ def test_pods_share_one_image_and_the_claim(root: Path) -> None:
         cluster = cluster_of(document)
         for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
             pod = group["template"]["spec"]
-            (container,), (volume,) = pod["containers"], pod["volumes"]
+            (container,), (volume, *_) = pod["containers"], pod["volumes"]
             assert container["image"] == "altiplano:latest"
             assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
             assert container["volumeMounts"][0]["mountPath"] == "/mnt/altiplano"
@@ -174,3 +174,32 @@ def test_the_job_writes_what_the_service_reads(root: Path) -> None:
     assert overrides == [f"output={application.args['artifact']}"]
     module, _, builder = application.import_path.partition(":")
     assert callable(vars(importlib.import_module(module))[builder])
+
+
+def test_the_service_runs_with_the_fast_settings_of_serve(root: Path) -> None:
+    from altiplano.serving.environment import FAST_SERVE
+
+    (service,) = [each for each in manifests(root) if each["kind"] == "RayService"]
+    cluster = cluster_of(service)
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        (container,) = group["template"]["spec"]["containers"]
+        assert {each["name"]: each["value"] for each in container["env"]} == FAST_SERVE
+
+
+def test_the_arguments_of_the_service_are_keys_of_the_serve_section(root: Path) -> None:
+    from altiplano.config.serving import ServeSection
+
+    (service,) = [each for each in manifests(root) if each["kind"] == "RayService"]
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    (arguments,) = [dict(each["args"]) for each in config["applications"]]
+    del arguments["artifact"]
+    section = ServeSection.model_validate(arguments)
+    assert section.data_host == "node"
+    secret = next(
+        volume["secret"]["secretName"]
+        for volume in cluster_of(service)["workerGroupSpecs"][0]["template"]["spec"]["volumes"]
+        if "secret" in volume
+    )
+    assert secret == "altiplano-keys"
+    assert section.keys.file == "/etc/altiplano/keys.jsonl"

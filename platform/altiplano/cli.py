@@ -105,6 +105,20 @@ def serve(
     commands.serve(target, overrides or [], address=address)
 
 
+@app.command(name="serve-key")
+def serve_key(
+    file: Annotated[Path, typer.Argument(help="Key file; made where there is none.")],
+    name: Annotated[str, typer.Argument(help="Whose key it is; names, not secrets, are logged.")],
+    admin: Annotated[bool, typer.Option(help="May read /metrics and load adapters.")] = False,
+    requests: Annotated[int | None, typer.Option(help="Requests per minute.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens per minute.")] = None,
+) -> None:
+    """Make an API key for the service (serve.keys.file)."""
+    from altiplano import commands
+
+    commands.serve_key(file, name, admin=admin, requests=requests, tokens=tokens)
+
+
 @app.command()
 def verify(artifacts: Annotated[list[Path], typer.Argument(help="Artifact directories.")]) -> None:
     """Recompute every hash of artifacts and say what differs."""

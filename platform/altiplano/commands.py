@@ -5,6 +5,7 @@ Knows every room by name and none in detail.
 
 import json
 from dataclasses import asdict
+import os
 from pathlib import Path
 
 from altiplano.artifact import open_artifact
@@ -62,16 +63,31 @@ def run_verb(project: Project, verb: str, *, force: bool, address: str | None) -
 
 def serve(target: Path, overrides: list[str], *, address: str | None) -> None:
     """Serve a run named by its YAML, its directory or a model directory, until interrupted."""
-    from altiplano.serving.check import check_parts, find_parts
+    from altiplano.serving.check import find_parts
+    from altiplano.serving.environment import prepare
     from altiplano.serving.service import print_how_to_call, serve_until_interrupted, start
 
     config, place = _served(target, overrides)
-    model_dir, draft_dir = find_parts(place)
-    check_parts(config.serve, model_dir, draft_dir)
+    parts = find_parts(config.serve, place)
+    prepare(config.serve)
+    joined = bool(address or os.environ.get("RAY_ADDRESS") or config.cluster.address)
     with connect(config.cluster, address):
-        service = start(config.serve, model_dir, draft_dir)
-        print_how_to_call(service.url, service.model_name)
+        service = start(config.serve, parts, may_grow=joined)
+        print_how_to_call(service, config.serve)
         serve_until_interrupted(service)
+
+
+def serve_key(file: Path, name: str, *, admin: bool, requests: int | None, tokens: int | None) -> None:
+    """Make an API key, add its hash to the key file and print the key, once."""
+    from altiplano.serving.front.keys import add_key
+
+    secret = add_key(
+        file, name, admin=admin, requests_per_minute=requests, tokens_per_minute=tokens
+    )
+    console.print(
+        f"added {name} to {file}; the key is shown this once:", markup=False, highlight=False
+    )
+    print(secret)
 
 
 def _served(target: Path, overrides: list[str]) -> tuple[Config | ServeOnly, Path]:

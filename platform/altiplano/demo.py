@@ -13,6 +13,8 @@ from altiplano.console import console, simple_table
 from altiplano.errors import ServeError
 from altiplano.evaluate.report import Results, read_report, report_table
 from altiplano.pipeline import build_stages, exclusive, run_stages
+from altiplano.serving.check import find_parts
+from altiplano.serving.environment import prepare
 from altiplano.serving.service import Service, print_how_to_call, serve_until_interrupted, start
 from altiplano.stages.stage import artifact_path
 
@@ -26,18 +28,19 @@ def run_demo(config: Path, overrides: list[str], *, keep: bool) -> None:
     started = time.monotonic()
     project = load_config(config, overrides)
     section = project.config.serve
+    prepare(section)
     with exclusive(project), connect(project.config.cluster):
         run_stages(project, build_stages(project))
         console.rule("[bold]serve", align="left")
-        draft = artifact_path(project, "draft") if project.config.draft else None
-        service = start(section, artifact_path(project, "merge"), draft)
+        parts = find_parts(section, project.output)
+        service = start(section, parts)
         results = read_report(artifact_path(project, "evaluate"))
         answers = _ask_all(service, results, project.config.evaluate.max_tokens_per_answer)
-        speculation = service.speculation_metrics() if draft else None
+        speculation = service.speculation_metrics() if parts[0].draft_dir else None
         _show(project, results, answers, speculation)
         console.print(f"the whole took {time.monotonic() - started:.0f} s")
         if keep:
-            print_how_to_call(service.url, service.model_name)
+            print_how_to_call(service, section)
             serve_until_interrupted(service)
         else:
             service.stop()

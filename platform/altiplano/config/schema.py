@@ -15,6 +15,7 @@ from altiplano.config.data import (
     DataSection,
     TextSource,
 )
+from altiplano.config.serving import ServeSection
 from altiplano.config.training import FullTrainSettings, Section, TrainSettings
 
 KeptPieces = Literal["all", "non_ascii", "cjk"]
@@ -275,42 +276,6 @@ class EvaluateSection(Section):
     """Tokens the draft proposes at a time when its acceptance is measured."""
     prompts: list[str] = []
     """Further prompts whose answers are shown in the report."""
-
-
-class ServeSection(Section):
-    """The OpenAI-compatible service."""
-
-    host: str = "127.0.0.1"
-    """Address the HTTP port is bound to; loopback unless you say otherwise."""
-    port: int = Field(8000, ge=1, le=65535)
-    """HTTP port."""
-    model_name: str = "altiplano"
-    """Name clients give in `model`."""
-    min_replicas: int = Field(1, ge=0)
-    """Fewest replicas the autoscaler keeps."""
-    max_replicas: int = Field(1, ge=1)
-    """Most replicas it may start."""
-    target_ongoing_requests: float = Field(16, gt=0)
-    """Requests per replica the autoscaler aims at."""
-    max_ongoing_requests: int = Field(64, ge=1)
-    """Requests per replica before new ones wait."""
-    speculate: bool = True
-    """Let the draft speculate in the engine, where the run has one. On CPUs vLLM 0.29 samples
-    wrongly while it speculates, so there every request is answered greedily; false samples."""
-    draft_tokens: int = Field(4, ge=1)
-    """Tokens the draft proposes per step."""
-    max_model_len: int | None = Field(None, ge=16)
-    """Longest context served; the model's own by default."""
-    kv_cache_gib: float = Field(0.5, gt=0)
-    """KV cache per replica on CPU, in GiB (on GPUs vLLM's gpu_memory_utilization rules)."""
-    gpus_per_replica: int = Field(0, ge=0)
-    """GPUs per replica; 0 serves on the CPU."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type the engine computes in."""
-    enforce_eager: bool = True
-    """Start quickly without compiling; set false for long-lived services."""
-    startup_timeout_s: float = Field(300, gt=0)
-    """Give up when the service is not healthy after this long."""
 
 
 class ServeOnly(Section):

@@ -4,19 +4,58 @@ Everything here happens before a weight is loaded or Ray is touched. Knows artif
 config.json, not Ray. Costs one read of the files (their hashes are compared with the manifests).
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from altiplano.artifact import MANIFEST, Manifest, open_artifact, require_same_tokenizer
-from altiplano.config.schema import ServeSection
+from altiplano.config.serving import EngineSettings, ModelSettings, ServeSection
 from altiplano.errors import ArtifactError, MismatchError, ServeError
 from altiplano.model.load import PIECES, read_config, weight_files
-from altiplano.serving.engine import CPU_HEAD_SIZES
+from altiplano.serving.engine.base import CPU_HEAD_SIZES
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
-def find_parts(path: Path) -> tuple[Path, Path | None]:
+@dataclass(frozen=True)
+class Part:
+    """One model of the service, found on disk."""
+
+    entry: ModelSettings
+    """Its settings."""
+    model_dir: Path
+    """Hugging Face model directory with its tokenizer, readable from every node."""
+    draft_dir: Path | None
+    """The draft that speculates for it; None serves it plainly."""
+
+
+def find_parts(section: ServeSection, path: Path | None) -> list[Part]:
+    """Every model of the service with its draft, checked.
+
+    Args:
+        section: the `serve` section.
+        path: the run or model that `serve.model_name` names; None serves only `serve.models`.
+
+    Raises:
+        ServeError: there is no model at a path, or nothing to serve at all.
+        ArtifactError, MismatchError: as `check_parts`.
+    """
+    entries = section.entries(None if path is None else str(path))
+    if not entries:
+        raise ServeError("nothing to serve: name a run or a model directory, or set `serve.models`")
+    parts = []
+    for entry in entries:
+        model_dir, draft_dir = find_directories(Path(entry.path))
+        if entry.draft_path is not None:
+            draft_dir = find_directories(Path(entry.draft_path))[0]
+        if entry.draft.placement == "none" or entry.task == "embed":
+            draft_dir = None
+        check_parts(entry, model_dir, draft_dir)
+        parts.append(Part(entry, model_dir, draft_dir))
+    return parts
+
+
+def find_directories(path: Path) -> tuple[Path, Path | None]:
     """The model to serve and the draft that speculates for it.
 
     Args:
@@ -46,7 +85,7 @@ def find_parts(path: Path) -> tuple[Path, Path | None]:
     )
 
 
-def check_parts(section: ServeSection, model_dir: Path, draft_dir: Path | None = None) -> None:
+def check_parts(section: EngineSettings, model_dir: Path, draft_dir: Path | None = None) -> None:
     """Refuse a model, or a pair of model and draft, that the engine could not serve rightly.
 
     Raises:
@@ -62,12 +101,18 @@ def check_parts(section: ServeSection, model_dir: Path, draft_dir: Path | None =
             f"serve.max_model_len is {section.max_model_len}, but the model {model_dir} was made "
             f"for {context} tokens: set serve.max_model_len to at most {context}"
         )
-    if draft_dir is not None and section.speculate:
+    if draft_dir is not None and section.draft.placement != "none":
+        if section.max_adapters:
+            raise ServeError(
+                f"max_adapters is {section.max_adapters}, and the draft {draft_dir} would speculate: "
+                f"vLLM does not combine adapters and speculation; set draft.placement=none, or "
+                f"max_adapters=0"
+            )
         draft_manifest = _check_model("draft", draft_dir, section)
         _check_pair((model_dir, manifest, config), (draft_dir, draft_manifest))
 
 
-def _check_model(role: str, directory: Path, section: ServeSection) -> Manifest | None:
+def _check_model(role: str, directory: Path, section: EngineSettings) -> Manifest | None:
     manifest = _open(role, directory)
     if not list(directory.glob("*.safetensors")):
         pickles = sorted(file.name for file in directory.glob("*.bin"))
@@ -135,7 +180,7 @@ def _check_pair(
         bare = draft_dir if draft_manifest is None else model_dir
         raise ServeError(
             f"{bare} has no manifest that names its tokenizer, so nothing says whether {model_dir} "
-            f"and {draft_dir} share one: serve artifacts of one run, or set serve.speculate=false"
+            f"and {draft_dir} share one: serve artifacts of one run, or set serve.draft.placement=none"
         )
     require_same_tokenizer(
         (f"model {model_dir}", model_manifest), (f"draft {draft_dir}", draft_manifest)

@@ -14,15 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from altiplano.config.schema import ServeSection
+from altiplano.config.serving import ServeSection
 from altiplano.console import console
 from altiplano.errors import ServeError
-from altiplano.serving import engine, metrics
-from altiplano.serving.check import check_parts
+from altiplano.serving import metrics
+from altiplano.serving.app import needed_resources
+from altiplano.serving.check import Part
 from altiplano.serving.failure import describe_failure, log_folder
 
 APPLICATION = "altiplano"
 """Name of the Serve application."""
+PAGE_APPLICATION = "altiplano-chat"
+"""Name of the chat page's, where there is one."""
+_QUIET_SERVE = {"log_level": "WARNING", "enable_access_log": False}
 _POLL_S = 0.3
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 
@@ -47,7 +51,7 @@ class Service:
             timeout_s: how long to wait for the port, in seconds.
         """
         _shut_down()
-        host, port = self.url.removeprefix("http://").rsplit(":", 1)
+        host, port = self.url.split("://", 1)[1].rsplit(":", 1)
         deadline = time.monotonic() + timeout_s
         while not _is_free(host.strip("[]"), int(port)) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
@@ -80,52 +84,89 @@ class Service:
         return {replica: now[replica] for replica in now.keys() - self._earlier}
 
 
-def start(section: ServeSection, model_dir: Path, draft_dir: Path | None = None) -> Service:
+def start(section: ServeSection, parts: list[Part], *, may_grow: bool = False) -> Service:
     """Start the service on the connected Ray cluster and wait until it answers.
 
     Whatever ends the wait early (an error, the time limit, Ctrl-C) also takes the service down.
 
     Args:
         section: the `serve` section.
-        model_dir, draft_dir: as from `check.find_parts`; every node must be able to read them.
+        parts: as from `check.find_parts`; every node must be able to read them.
+        may_grow: the cluster may get more nodes, so that a lack of CPUs is no reason to refuse.
 
     Raises:
-        ArtifactError, MismatchError: as `check.check_parts`, before anything starts.
-        ServeError: the port is in use, Serve runs on this cluster already, or the deployment
-            failed or did not become healthy within `startup_timeout_s`.
+        ServeError: the port is in use, Serve runs on this cluster already, the cluster is too
+            small, or the deployment failed or was not healthy within `startup_timeout_s`.
     """
     from ray import serve
 
     started = time.monotonic()
-    check_parts(section, model_dir, draft_dir)
     _require_idle_cluster()
     require_free_port(section.host, section.port)
-    earlier = frozenset(metrics.read_counts(section.model_name))
-    if engine.answers_greedily(section, draft_dir):
-        console.log(
-            "speculating on a CPU: every request is answered at temperature 0 "
-            "(serve.speculate=false samples, without the draft)"
-        )
+    _require_resources(section, parts, may_grow)
+    names = tuple(part.entry.name for part in parts)
+    earlier = frozenset(replica for name in names for replica in metrics.read_counts(name))
+    host = _ANY_ADDRESS.get(section.host, section.host)
+    url = f"{'https' if section.tls_key else 'http'}://{host}:{section.port}"
     with console.status("starting the service") as status:
-        application = engine.build_application(section, model_dir, draft_dir)
         try:
-            serve.start(
-                http_options={"host": section.host, "port": section.port},
-                logging_config={"log_level": "WARNING", "enable_access_log": False},
-            )
+            serve.start(http_options=_http_options(section), logging_config=dict(_QUIET_SERVE))
             serve.run_many(
-                [serve.RunTarget(application, name=APPLICATION)],
+                _targets(section, parts, url),
                 wait_for_ingress_deployment_creation=False,
                 wait_for_applications_running=False,
             )
-            host = _ANY_ADDRESS.get(section.host, section.host)
-            url = f"http://{host}:{section.port}"
             _wait_until_running(section, started, status)
             _wait_until_answering(url, started + section.startup_timeout_s)
         except BaseException:
             _shut_down()
             raise
-    return Service(url, section.model_name, round(time.monotonic() - started, 1), earlier)
+    return Service(url, names[0], round(time.monotonic() - started, 1), earlier)
+
+
+def _targets(section: ServeSection, parts: list[Part], url: str) -> list[Any]:
+    from ray import serve
+
+    from altiplano.serving.app import build_application, build_page
+
+    application = build_application(section, parts)
+    targets = [serve.RunTarget(application, name=APPLICATION, route_prefix="/")]
+    if section.page:
+        votes = Path("runs/arena").resolve()
+        targets.append(
+            serve.RunTarget(build_page(url, votes), name=PAGE_APPLICATION, route_prefix="/chat")
+        )
+    return targets
+
+
+def _http_options(section: ServeSection) -> dict[str, Any]:
+    options: dict[str, Any] = {"host": section.host, "port": section.port}
+    if section.tls_key:
+        options |= {"ssl_keyfile": section.tls_key, "ssl_certfile": section.tls_certificate}
+    return options
+
+
+def _require_resources(section: ServeSection, parts: list[Part], may_grow: bool) -> None:
+    """Refuse at once what would otherwise wait for a place until the time is up."""
+    import ray
+
+    have, need = ray.cluster_resources(), needed_resources(section, parts)
+    short = {
+        name: amount for name, amount in need.items() if amount > have.get(name, 0.0) + 1e-6
+    }
+    if not short:
+        return
+    told = ", ".join(
+        f"{amount:g} {name}s where the cluster has {have.get(name, 0.0):g}"
+        for name, amount in short.items()
+    )
+    message = (
+        f"the fewest replicas need {told}: lower serve.min_replicas, serve.cpus_per_replica or "
+        f"serve.draft.num_cpus, or give the cluster more"
+    )
+    if not may_grow:
+        raise ServeError(message)
+    console.log(f"{message}; waiting for it to grow")
 
 
 def _shut_down() -> None:
@@ -162,26 +203,32 @@ def serve_until_interrupted(service: Service) -> int:
     return 0
 
 
-def how_to_call(url: str, model_name: str) -> str:
-    """A curl line, a Python snippet and how to stop, ready to paste."""
+def how_to_call(service: Service, section: ServeSection) -> str:
+    """A curl line, a Python snippet, the page and how to stop, ready to paste."""
+    url, model = service.url, service.model_name
     question = '{"role": "user", "content": "Hello"}'
+    keyed = section.keys.file is not None
+    header = " -H \"Authorization: Bearer $ALTIPLANO_API_KEY\"" if keyed else ""
+    key = 'os.environ["ALTIPLANO_API_KEY"]' if keyed else '"none"'
+    page = f"\nChat page: {url}/chat\n" if section.page else ""
     return f"""\
-curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
-  -d '{{"model": "{model_name}", "messages": [{question}]}}'
+curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\
+  -d '{{"model": "{model}", "messages": [{question}]}}'
 
-from openai import OpenAI
-client = OpenAI(base_url="{url}/v1", api_key="none")
-answer = client.chat.completions.create(model="{model_name}", messages=[{question}])
+{"import os" + chr(10) if keyed else ""}from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key={key})
+answer = client.chat.completions.create(model="{model}", messages=[{question}])
 print(answer.choices[0].message.content)
 
 altiplano chat --url {url}
-
+{page}
 Stop it with Ctrl-C."""
 
 
-def print_how_to_call(url: str, model_name: str) -> None:
+def print_how_to_call(service: Service, section: ServeSection) -> None:
     """Print `how_to_call` as it is: no markup, no wrapping."""
-    console.print(how_to_call(url, model_name), markup=False, highlight=False, soft_wrap=True)
+    text = how_to_call(service, section)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _require_idle_cluster() -> None:
@@ -235,9 +282,10 @@ def _wait_until_running(section: ServeSection, started: float, status: Any) -> N
     from ray import serve
 
     while True:
-        application = serve.status().applications[APPLICATION]
-        if application.status == "RUNNING":
+        applications = serve.status().applications
+        if all(each.status == "RUNNING" for each in applications.values()):
             return
+        application = next(each for each in applications.values() if each.status != "RUNNING")
         seconds = time.monotonic() - started
         failed = application.status in ("DEPLOY_FAILED", "UNHEALTHY")
         if failed or seconds > section.startup_timeout_s:
@@ -255,14 +303,16 @@ def _wait_until_running(section: ServeSection, started: float, status: Any) -> N
 def _wait_until_answering(url: str, deadline: float) -> None:
     import httpx
 
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{url}/v1/models", timeout=5, trust_env=False).is_success:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(_POLL_S)
+    # Whether the certificate is good is the clients' question; here only the port is looked at.
+    with httpx.Client(timeout=5, trust_env=False, verify=False) as client:
+        while time.monotonic() < deadline:
+            try:
+                if client.get(f"{url}/health/ready").is_success:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(_POLL_S)
     raise ServeError(
-        f"the service runs but {url}/v1/models does not answer: is serve.host an address of the "
+        f"the service runs but {url}/health/ready does not answer: is serve.host an address of the "
         f"machine you are on? more in {log_folder()}"
     )

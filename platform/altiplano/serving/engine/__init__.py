@@ -1,0 +1,1 @@
+"""The engine: one interface, and vLLM behind it. Knows no HTTP."""

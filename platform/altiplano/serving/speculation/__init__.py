@@ -1,0 +1,1 @@
+"""Speculative decoding with a draft that may be a replica of its own."""
