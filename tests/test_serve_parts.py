@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from altiplano.artifact import Manifest, write_artifact
-from altiplano.config.schema import ServeSection
+from altiplano.config.serving import DraftSettings, ServeSection
 from altiplano.errors import ArtifactError, MismatchError, ModelError, ServeError
 from altiplano.serving import failure, service
-from altiplano.serving.check import check_parts, find_parts
+from altiplano.serving.check import check_parts, find_directories, find_parts
 from serve.app import build
 from tests.helpers.served_run import Shape, write_served_run, write_small_model
 
@@ -33,10 +33,10 @@ def _without_manifest(run: Path, into: Path) -> Path:
 
 
 def test_a_run_gives_its_model_and_its_draft(run: Path, tmp_path: Path) -> None:
-    assert find_parts(run) == (run / "merge", run / "draft")
-    assert find_parts(run / "draft") == (run / "draft", None)
+    assert find_directories(run) == (run / "merge", run / "draft")
+    assert find_directories(run / "draft") == (run / "draft", None)
     plain = _without_manifest(run, tmp_path / "plain")
-    assert find_parts(plain) == (plain, None)
+    assert find_directories(plain) == (plain, None)
     check_parts(ON_CPU, run / "merge", run / "draft")
     check_parts(ON_CPU, plain)
 
@@ -45,7 +45,7 @@ def test_a_run_gives_its_model_and_its_draft(run: Path, tmp_path: Path) -> None:
 def test_a_place_without_a_model_is_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ServeError, match=name):
-        find_parts(tmp_path / name)
+        find_directories(tmp_path / name)
 
 
 def test_a_draft_with_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_draft_with_another_tokenizer_is_refused(run: Path, tmp_path: Path) ->
         assert str(part) in message
         assert manifest["tokenizer_fingerprint"][:16] in message
     assert "400 pieces" in message and "altiplano run" in message
-    check_parts(ServeSection(speculate=False), run / "merge", other)
+    check_parts(ServeSection(draft=DraftSettings(placement="none")), run / "merge", other)
 
 
 def test_a_draft_with_other_rows_is_refused(run: Path, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_artifacts_of_other_kinds_are_refused(tmp_path: Path, kind: str, advice:
     with write_artifact(path, Manifest(kind=kind, stage="sft", section={}, inputs={})) as partial:
         (partial / "content").write_text("something")
     with pytest.raises(ArtifactError, match=advice):
-        check_parts(ON_CPU, *find_parts(path))
+        check_parts(ON_CPU, *find_directories(path))
 
 
 def test_an_edited_artifact_is_refused(run: Path, tmp_path: Path) -> None:
@@ -134,10 +134,76 @@ def test_no_more_context_is_served_than_the_model_has(run: Path) -> None:
 
 
 def test_the_builder_refuses_wrong_arguments() -> None:
-    with pytest.raises(ServeError, match="name what to serve"):
+    with pytest.raises(ServeError, match="nothing to serve: name a run"):
         build({})
     with pytest.raises(ServeError, match=r"port: Input should be.*draft_token: Extra"):
         build({"artifact": "runs/demo", "draft_token": "4", "port": "none"})
+
+
+def test_a_dot_in_an_argument_reaches_into_a_section(run: Path) -> None:
+    with pytest.raises(ServeError, match=r"draft\.placement: Input should be"):
+        build({"artifact": str(run), "draft.placement": "elsewhere"})
+
+
+def test_every_model_has_the_services_settings_and_its_own(run: Path) -> None:
+    section = ServeSection(
+        dtype="float32",
+        max_replicas=3,
+        models=[{"name": "old", "path": str(run / "draft"), "max_replicas": 1}],
+    )
+    new, old = find_parts(section, run)
+    assert (new.entry.name, new.draft_dir) == ("altiplano", run / "draft")
+    assert (old.entry.name, old.draft_dir, old.model_dir) == ("old", None, run / "draft")
+    assert (new.entry.max_replicas, old.entry.max_replicas) == (3, 1)
+    assert new.entry.dtype == old.entry.dtype == "float32"
+    assert find_parts(section, None) == [old]
+
+
+def test_a_draft_may_lie_elsewhere_or_be_left_out(run: Path, tmp_path: Path) -> None:
+    models = [{"name": "m", "path": str(run / "merge"), "draft_path": str(run / "draft")}]
+    assert find_parts(ServeSection(models=models), None)[0].draft_dir == run / "draft"
+    alone = ServeSection(draft=DraftSettings(placement="none"))
+    assert find_parts(alone, run)[0].draft_dir is None
+    other = write_small_model(tmp_path / "other", Shape(seed=7))
+    models[0]["draft_path"] = str(other)
+    with pytest.raises(MismatchError, match="400 pieces"):
+        find_parts(ServeSection(models=models), None)
+
+
+def test_adapters_and_a_draft_exclude_each_other(run: Path) -> None:
+    with pytest.raises(ServeError, match=r"does not combine .*draft\.placement=none"):
+        find_parts(ServeSection(max_adapters=2), run)
+    alone = ServeSection(max_adapters=2, draft=DraftSettings(placement="none"))
+    assert find_parts(alone, run)[0].entry.max_adapters == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"min_replicas": 3}, "max_replicas"),
+        ({"quantization": "4bit"}, "needs a GPU"),
+        ({"gpus_per_replica": 2, "draft": {"placement": "replica"}}, "tensor-parallel"),
+        ({"tls_key": "key.pem"}, "go together"),
+        ({"models": [{"name": "altiplano", "path": "x"}]}, "given twice"),
+        ({"models": [{"name": "../up", "path": "x"}]}, "pattern"),
+        ({"draft": {"min_replicas": 2}}, "max_replicas"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        ServeSection.model_validate(settings)
+
+
+def test_the_fewest_replicas_are_counted_with_their_drafts(run: Path) -> None:
+    from altiplano.serving.app import needed_resources
+
+    section = ServeSection(
+        min_replicas=2,
+        max_replicas=2,
+        cpus_per_replica=1.5,
+        draft=DraftSettings(placement="replica", num_cpus=0.5),
+    )
+    assert needed_resources(section, find_parts(section, run)) == {"CPU": 3.5, "GPU": 0.0}
 
 
 def test_a_port_in_use_is_refused_by_number() -> None:
@@ -175,7 +241,8 @@ def test_a_failure_is_told_by_its_last_error_and_the_engines_own(tmp_path: Path)
 
 
 def test_how_to_call_is_ready_to_paste() -> None:
-    text = service.how_to_call("http://127.0.0.1:8123", "demo")
+    running = service.Service("http://127.0.0.1:8123", "demo", 1.0, frozenset())
+    text = service.how_to_call(running, ServeSection())
     curl, python = text.split("\n\n")[:2]
     body = curl.split("-d '")[1].rstrip("'")
     assert json.loads(body)["model"] == "demo"

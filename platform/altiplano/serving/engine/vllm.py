@@ -1,15 +1,14 @@
 """vLLM's AsyncLLM as an `Engine`: jobs of token ids in, steps of token ids out.
 
 The model runs in processes of vLLM's own; this one translates and holds no weights. Knows neither
-Ray nor text: nothing is detokenised. Import it only in a replica, after `quiet`: it imports vLLM
-and torch (seconds). A step of a job costs about 0.1 ms here.
+Serve nor text: nothing is detokenised. Import it only in a replica: it imports vLLM and torch
+(seconds), which read their environment then.
 """
 
 import asyncio
 import contextlib
 import os
-import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,181 @@ from altiplano.config.serving import ModelSettings
 from altiplano.errors import ServeError
 from altiplano.serving.engine.arguments import QUIET, engine_arguments, require_cache
 from altiplano.serving.engine.base import EngineLost, InvalidJob
-from altiplano.serving.messages import About, Job, Sampling, Step, TokenLogprob
+from altiplano.serving.engine.slots import AdapterSlots
+from altiplano.serving.messages import About, Job, Step
 
-for _name, _value in QUIET.items():
-    os.environ.setdefault(_name, _value)
-warnings.filterwarnings("ignore", category=DeprecationWarning)
+os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
 
-import vllm  # noqa: E402 - reads the environment above
+import vllm  # noqa: E402 - reads the environment
 from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402
-from vllm.exceptions import VLLMClientError  # noqa: E402
-from vllm.inputs import TokensPrompt, tokens_input  # noqa: E402
+from vllm.exceptions import GracefulHTTPError, VLLMClientError  # noqa: E402
+from vllm.inputs import TokensPrompt  # noqa: E402
+from vllm.inputs.engine import tokens_input  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
-from vllm.outputs import RequestOutput  # noqa: E402
 from vllm.pooling_params import PoolingParams  # noqa: E402
-from vllm.sampling_params import (  # noqa: E402
-    RequestOutputKind,
-    SamplingParams,
-    StructuredOutputsParams,
-)
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError  # noqa: E402
+from vllm.v1.executor import Executor  # noqa: E402
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger  # noqa: E402
+
+from altiplano.serving.engine.sampler import carry_refused  # noqa: E402
+from altiplano.serving.engine.translate import sampling_params, step_of  # noqa: E402
+
+
+class VllmEngine:
+    """One model in vLLM. The interface is `base.Engine`'s."""
+
+    def __init__(
+        self,
+        entry: ModelSettings,
+        model_dir: Path,
+        draft_dir: Path | None = None,
+        channel: str | None = None,
+    ) -> None:
+        """Args: as `engine_arguments`; nothing is loaded yet.
+
+        Raises:
+            ServeError: settings that exclude each other.
+        """
+        self._entry = entry
+        self._model_dir = model_dir
+        self._arguments = engine_arguments(entry, model_dir, draft_dir, channel)
+        self._exact = "speculative_config" in self._arguments and entry.gpus_per_replica == 0
+        self._adapters = AdapterSlots(entry.max_adapters)
+        self._vllm: AsyncLLM | None = None
+
+    async def start(self) -> None:
+        """Load the model. Holds the event loop meanwhile: there is nothing to do before.
+
+        Raises:
+            ServeError: no room for the KV cache, or vLLM refuses the model.
+        """
+        try:
+            config = AsyncEngineArgs(**self._arguments).create_engine_config()
+            require_cache(self._entry, config)
+            self._vllm = AsyncLLM(
+                vllm_config=config,
+                executor_class=Executor.get_class(config),
+                log_stats=True,
+                log_requests=False,
+                stat_loggers=[RayPrometheusStatLogger],
+            )
+        except ServeError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            raise ServeError(f"vLLM cannot serve {self._model_dir}: {error}") from error
+
+    async def generate(self, job: Job) -> AsyncIterator[Step]:
+        """Answer a job; see `base.Engine`."""
+        engine = self._running()
+        with _refusals():
+            params = sampling_params(job.sampling)
+            if self._exact:
+                carry_refused(params, engine.model_config.get_vocab_size())
+        # vLLM looks at a grammar before it takes the job, which may take long: in a thread then.
+        prompt: Any = (
+            TokensPrompt(prompt_token_ids=job.prompt)
+            if job.sampling.guided
+            else tokens_input(job.prompt)
+        )
+        made = 0
+        async with self._adapter_of(job) as adapter:
+            outputs = engine.generate(prompt, params, job.id, lora_request=adapter)
+            with _refusals():
+                async with contextlib.aclosing(outputs):
+                    async for output in outputs:
+                        step = step_of(job.id, output, first=made == 0)
+                        made += len(step.tokens)
+                        if step.finish == "error" and made == 0 and job.sampling.guided:
+                            raise InvalidJob("the grammar cannot be compiled: make it simpler")
+                        yield step
+
+    async def embed(self, prompt: list[int]) -> list[float]:
+        """Embed a prompt; see `base.Engine`."""
+        engine = self._running()
+        params = PoolingParams(task="embed")
+        vector: list[float] = []
+        outputs = engine.encode(tokens_input(prompt), params, os.urandom(8).hex())
+        with _refusals():
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    vector = output.outputs.data.float().tolist()
+        return vector
+
+    async def check_health(self) -> None:
+        """Raise `EngineLost` where the engine is dead."""
+        if self._running().errored:
+            raise EngineLost("vLLM's engine process is dead")
+
+    def about(self) -> About:
+        """What is served."""
+        model = self._running().model_config
+        weights = sum(file.stat().st_size for file in self._model_dir.glob("*.safetensors"))
+        return About(
+            max_model_len=model.max_model_len,
+            vocab_size=model.get_vocab_size(),
+            dtype=str(model.dtype).removeprefix("torch."),
+            engine=f"vllm {vllm.__version__}",
+            task=self._entry.task,
+            weights_gib=round(weights / 2**30, 3),
+        )
+
+    async def load_adapter(self, name: str, path: Path) -> None:
+        """Load a LoRA adapter; see `base.Engine`."""
+        async with self._adapters.use(name, path, self._put_in, self._take_out):
+            pass
+
+    async def unload_adapter(self, name: str) -> None:
+        """Drop an adapter; jobs that use it are finished first."""
+        await self._adapters.drop(name, self._take_out)
+
+    def shutdown(self) -> None:
+        """End vLLM's processes."""
+        if self._vllm is not None:
+            self._vllm.shutdown()
+            self._vllm = None
+
+    def _running(self) -> AsyncLLM:
+        if self._vllm is None:
+            raise EngineLost("the engine is shut down")
+        return self._vllm
+
+    @contextlib.asynccontextmanager
+    async def _adapter_of(self, job: Job) -> AsyncIterator[LoRARequest | None]:
+        """The adapter a job names, loaded for as long as the job runs."""
+        if job.adapter is None or job.adapter_path is None:
+            yield None
+            return
+        slots, path = self._adapters, Path(job.adapter_path)
+        async with slots.use(job.adapter, path, self._put_in, self._take_out) as number:
+            yield LoRARequest(job.adapter, number, str(path))
+
+    async def _put_in(self, name: str, number: int, path: Path) -> None:
+        with _refusals():
+            try:
+                await self._running().add_lora(LoRARequest(name, number, str(path)))
+            except EngineDeadError:
+                raise
+            # What a worker raises arrives as a plain Exception with its text.
+            except Exception as error:
+                raise InvalidJob(f"the adapter {name} cannot be loaded: {error}") from error
+
+    async def _take_out(self, number: int) -> None:
+        with _refusals():
+            await self._running().remove_lora(number)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn vLLM's errors into `InvalidJob` and `EngineLost`."""
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineLost("vLLM's engine process died") from error
+    except (VLLMClientError, GracefulHTTPError) as error:
+        raise InvalidJob(str(error)) from error
+    except EngineGenerateError as error:
+        # vLLM words refusals of its input checks as ValueError too, and wraps them.
+        if isinstance(error.__cause__, ValueError | TypeError | OverflowError):
+            raise InvalidJob(str(error.__cause__)) from error
+        raise

@@ -12,10 +12,11 @@ are for passwords. Knows nothing of HTTP but its statuses. A look-up costs a mic
 
 import hashlib
 import hmac
-import json
 import logging
+import math
 import os
 import secrets
+import stat
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -92,7 +93,7 @@ class Caller:
                 raise ApiError(
                     429,
                     f"key {self.name} may use {bucket.per_minute:g} {what} a minute and has: "
-                    f"wait {wait:.0f} s",
+                    f"wait {math.ceil(wait)} s",
                     code="rate_limit_exceeded",
                     kind=what,
                     retry_after_s=wait,
@@ -116,7 +117,7 @@ class KeyRing:
     Args:
         settings: `serve.keys`.
         host: `serve.host`. Without a key file everyone may use the API, and the admin routes answer
-            only where the port itself is bound to loopback: behind a proxy every client looks local.
+            only where the port is bound to loopback: behind a proxy every client looks local.
         shares: HTTP replicas that share the rates: each grants its part of them.
         clock: seconds, never going back.
 
@@ -142,6 +143,8 @@ class KeyRing:
         if self._file is not None:
             self._state = _state(self._file)
             self._take(read_keys(self._file))
+            if self._file.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                _log.warning("others may write %s, and so make keys: chmod go-w", self._file)
 
     def caller(self, secret: str | None) -> Caller:
         """Who that key belongs to.
@@ -307,7 +310,7 @@ def add_key(file: Path, name: str, **rights: Any) -> str:
 def _state(file: Path) -> tuple[int, int, int] | None:
     """What changes when the file does; None where there is none."""
     try:
-        stat = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -18,6 +18,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _TIMEOUT = httpx.Timeout(600, connect=10)
 _NOBODY = "none"
 _LOOK_S = 0.08
+_PULSE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,15 @@ class Answer:
     acceptance: float | None = None
     """Share of the draft's tokens that the model kept, where the service tells."""
     done: bool = False
+    stopped: bool = False
+    """Whether it was abandoned before its end."""
     _asked: float = field(default_factory=time.monotonic)
+    _task: "asyncio.Task[None] | None" = None
 
     def note(self) -> str:
         """How fast it came, in one line; empty until it is complete."""
+        if self.stopped:
+            return f"stopped after {self.seconds:.1f} s"
         if not self.done or not self.tokens:
             return ""
         parts = [f"{self.tokens} tokens"]
@@ -87,6 +93,15 @@ class Answer:
         if text and self.first_s is None:
             self.first_s = time.monotonic() - self._asked
         self.text += text
+
+    def stop(self) -> None:
+        """Abandon it: the service stops generating."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def start(self, task: "asyncio.Task[None]") -> None:
+        """Remember what fills it, for `stop`; its time runs from now."""
+        self._task, self._asked = task, time.monotonic()
 
     def end(self) -> None:
         """Nothing more comes."""
@@ -141,6 +156,9 @@ class Service:
             into.error = _one_line(error)
         except ServiceError as error:
             into.error = str(error)
+        except asyncio.CancelledError:
+            into.stopped = True
+            raise
         finally:
             into.end()
 
@@ -164,17 +182,21 @@ async def watch(
 ) -> AsyncIterator[None]:
     """Answer all questions at once; yield, some times a second, when there is more to show.
 
-    Closing the iterator abandons what is not complete.
+    Closing the iterator abandons what is not complete. It yields every second even where nothing
+    came: whoever shows it learns only then that the visitor has left.
     """
     pairs = list(asked)
-    tasks = [asyncio.create_task(service.answer(key, *pair)) for pair in pairs]
-    seen: list[tuple[int, bool]] = []
+    tasks = []
+    for question, answer in pairs:
+        tasks.append(asyncio.create_task(service.answer(key, question, answer)))
+        answer.start(tasks[-1])
+    shown, when = -1, 0.0
     try:
         while not all(task.done() for task in tasks):
             await asyncio.wait(tasks, timeout=_LOOK_S)
-            now = [(len(answer.text), answer.done) for _, answer in pairs]
-            if now != seen:
-                seen = now
+            length = sum(len(answer.text) for _, answer in pairs)
+            if length != shown or time.monotonic() > when + _PULSE_S:
+                shown, when = length, time.monotonic()
                 yield
     finally:
         for task in tasks:

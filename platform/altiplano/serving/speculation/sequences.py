@@ -72,10 +72,6 @@ class Mirror:
             del self._held[next(iter(self._held))]
         return Row(base if length else 0, length, line.ids[length:].tolist(), k)
 
-    def knows(self, line: Line) -> bool:
-        """Whether the draft holds a beginning of `line` that is almost all of it."""
-        return self._base(line) in self._held
-
     def forget(self, name: int) -> None:
         """The draft does not hold the sequence of this digest."""
         self._held.pop(name, None)
