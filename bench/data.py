@@ -122,6 +122,7 @@ def run_reference(root: Path) -> None:
         return tokenizer(batch["text"])  # ids and an attention mask of ones, as the recipes keep
 
     def group(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        """Join the documents of a batch and cut them into blocks."""
         blocks = {}
         for name, rows in batch.items():
             joined = list(itertools.chain.from_iterable(rows))

@@ -132,6 +132,7 @@ def measure_ours(given: argparse.Namespace, device: torch.device) -> Row:
     objective = make_objective(None, machine)
 
     def step(batch: Batch) -> None:
+        """Take one optimizer step on a batch."""
         inputs = make_inputs(batch, machine.attention, device)
         targets = int((batch.labels >= 0).sum())
 
@@ -169,6 +170,7 @@ def measure_liger(given: argparse.Namespace, device: torch.device) -> Row:
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, fused=True)
 
     def step(batch: Batch) -> None:
+        """Take one optimizer step on a batch."""
         inputs = make_inputs(batch, "flash_attention_2", device)
         # transformers shifts labels itself.
         labels = torch.from_numpy(np.where(batch.position_ids == 0, -100, batch.input_ids))

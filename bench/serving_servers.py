@@ -69,9 +69,9 @@ class Server:
         return {"memory_MB": pss / 1e6, "cpu_s": cpu}
 
     def counters(self) -> dict[str, float]:
-        """Its `/metrics`, summed over replicas and tags other than bounds and positions.
+        """Its `/metrics`, summed over replicas and tags; empty where the server has no such route.
 
-        Histograms give `NAME_sum` and `NAME_count`; empty where the server has no such route.
+        Histograms give `NAME_sum` and `NAME_count`.
         """
         from prometheus_client.parser import text_string_to_metric_families
 
@@ -81,11 +81,8 @@ class Server:
         if answer.is_success:
             for family in text_string_to_metric_families(answer.text):
                 for sample in family.samples:
-                    name = sample.name.removesuffix("_total")
-                    if "position" in sample.labels:
-                        name += f"[{sample.labels['position']}]"
-                    if not name.endswith("_bucket"):
-                        total[name] = total.get(name, 0.0) + sample.value
+                    if not sample.name.endswith("_bucket"):
+                        total[sample.name] = total.get(sample.name, 0.0) + sample.value
         return total
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from altiplano.config.serving import ServeSection
+from altiplano.serving.environment import prepare
 from tests.helpers.s3 import point_at_loopback, s3_bucket, s3_server  # noqa: F401 - fixtures
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT / "platform"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+# Serve as `altiplano serve` starts it; its processes read these when they start.
+prepare(ServeSection())
 
 # Before any cluster starts: its workers read s3:// addresses too, and never a real one.
 point_at_loopback()

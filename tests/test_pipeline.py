@@ -313,14 +313,13 @@ def answer_over_http(project: Project) -> dict:
     import httpx
 
     from altiplano.serving import service
+    from altiplano.serving.check import find_parts
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     section = project.config.serve.model_copy(update={"port": port})
-    running = service.start(
-        section, artifact_path(project, "merge"), artifact_path(project, "draft")
-    )
+    running = service.start(section, find_parts(section, project.output))
     try:
         answer = httpx.post(
             f"{running.url}/v1/chat/completions",

@@ -4,8 +4,8 @@ Knows every room by name and none in detail.
 """
 
 import json
-from dataclasses import asdict
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from altiplano.artifact import open_artifact
@@ -77,7 +77,9 @@ def serve(target: Path, overrides: list[str], *, address: str | None) -> None:
         serve_until_interrupted(service)
 
 
-def serve_key(file: Path, name: str, *, admin: bool, requests: int | None, tokens: int | None) -> None:
+def serve_key(
+    file: Path, name: str, *, admin: bool, requests: int | None, tokens: int | None
+) -> None:
     """Make an API key, add its hash to the key file and print the key, once."""
     from altiplano.serving.front.keys import add_key
 

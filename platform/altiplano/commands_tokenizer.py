@@ -74,7 +74,7 @@ def merge(
         text_key: where the text of a record is.
         options: keys of the `tokenizer` section.
     """
-    from altiplano.stages.grow import grow_sentencepiece
+    from altiplano.stages.grow import Growth, grow_sentencepiece
     from altiplano.storage import sha256_of
     from altiplano.vocabulary.bytelevel.extend import is_bytelevel
 
@@ -86,7 +86,9 @@ def merge(
         return
     with _base_directory(base) as directory, _written_beside(output) as folder:
         counts = grow_sentencepiece(
-            directory, folder, section, lambda: _texts(texts, text_key), lambda path: path, seed=0
+            Growth(
+                directory, folder, section, lambda: _texts(texts, text_key), lambda path: path, 0
+            )
         )
         _say_counts(folder, counts)
         if texts:
@@ -187,11 +189,11 @@ def _extend_bytelevel(
     text_key: str,
     seed: int,
 ) -> None:
-    from altiplano.stages.grow import grow_bytelevel
+    from altiplano.stages.grow import Growth, grow_bytelevel
 
     with _written_beside(output) as folder:
         counts = grow_bytelevel(
-            base, folder, section, lambda: _texts(texts, text_key), lambda path: path, seed
+            Growth(base, folder, section, lambda: _texts(texts, text_key), lambda path: path, seed)
         )
         _say_counts(folder, counts)
         _say_gain(base, folder, _texts(texts, text_key))

@@ -25,6 +25,7 @@ class Shape:
     vocab_size: int = 400
     head_dim: int = 32
     seed: int = 0
+    context: int = 256
 
 
 def write_served_run(directory: Path, shape: Shape = Shape()) -> Path:
@@ -56,7 +57,7 @@ def _target(shape: Shape) -> "LlamaForCausalLM":
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=shape.head_dim,
-        max_position_embeddings=256,
+        max_position_embeddings=shape.context,
         initializer_range=0.5,
         bos_token_id=1,
         eos_token_id=2,

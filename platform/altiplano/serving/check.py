@@ -104,9 +104,9 @@ def check_parts(section: EngineSettings, model_dir: Path, draft_dir: Path | None
     if draft_dir is not None and section.draft.placement != "none":
         if section.max_adapters:
             raise ServeError(
-                f"max_adapters is {section.max_adapters}, and the draft {draft_dir} would speculate: "
-                f"vLLM does not combine adapters and speculation; set draft.placement=none, or "
-                f"max_adapters=0"
+                f"max_adapters is {section.max_adapters}, and the draft {draft_dir} would "
+                f"speculate: vLLM does not combine adapters and speculation; set "
+                f"draft.placement=none, or max_adapters=0"
             )
         draft_manifest = _check_model("draft", draft_dir, section)
         _check_pair((model_dir, manifest, config), (draft_dir, draft_manifest))
@@ -180,7 +180,8 @@ def _check_pair(
         bare = draft_dir if draft_manifest is None else model_dir
         raise ServeError(
             f"{bare} has no manifest that names its tokenizer, so nothing says whether {model_dir} "
-            f"and {draft_dir} share one: serve artifacts of one run, or set serve.draft.placement=none"
+            f"and {draft_dir} share one: serve artifacts of one run, or set "
+            f"serve.draft.placement=none"
         )
     require_same_tokenizer(
         (f"model {model_dir}", model_manifest), (f"draft {draft_dir}", draft_manifest)

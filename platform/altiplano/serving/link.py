@@ -7,6 +7,7 @@ tokens, which would cost a millisecond each. Knows ids, not requests; keeps no h
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 import zmq
@@ -31,8 +32,18 @@ class Stream:
     async def get(self) -> Step:
         """The next step; waits for it. One task at a time may wait."""
         while not self._steps:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            await self._change()
+        return self._steps.popleft()
+
+    async def get_unless(self, over: Callable[[], bool]) -> Step | None:
+        """The next step; None where none is there and `over` says that none may come.
+
+        `over` is asked again after each `wake`.
+        """
+        while not self._steps:
+            if over():
+                return None
+            await self._change()
         return self._steps.popleft()
 
     def put(self, step: Step) -> None:
@@ -49,6 +60,10 @@ class Stream:
         """Drop what still comes for this job."""
         self._inbox.forget(self._id)
 
+    async def _change(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
 
 class Inbox:
     """The socket of one HTTP replica."""
@@ -57,7 +72,7 @@ class Inbox:
         self.address = ""
         """Where replicas reach it, e.g. `tcp://127.0.0.1:40123`; empty for one without socket."""
         self._streams: dict[str, Stream] = {}
-        self._socket: zmq.Socket | None = None
+        self._socket: zmq.Socket[bytes] | None = None
 
     @classmethod
     def open(cls, host: str) -> "Inbox":
@@ -71,14 +86,14 @@ class Inbox:
 
             host = ray.util.get_node_ip_address()
         inbox = cls()
-        socket = zmq.Context.instance().socket(zmq.PULL)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         socket.setsockopt(zmq.LINGER, 0)
         if ":" in host:
             socket.setsockopt(zmq.IPV6, 1)
         port = socket.bind_to_random_port(f"tcp://[{host}]" if ":" in host else f"tcp://{host}")
         inbox.address = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
         inbox._socket = socket
-        asyncio.get_running_loop().add_reader(socket.getsockopt(zmq.FD), inbox._drain)
+        asyncio.get_running_loop().add_reader(socket.fileno(), inbox._drain)
         # The descriptor tells of changes only, and one may lie before the reader was there.
         asyncio.get_running_loop().call_soon(inbox._drain)
         return inbox
@@ -102,7 +117,7 @@ class Inbox:
     def close(self) -> None:
         """Free the port."""
         if self._socket is not None:
-            asyncio.get_running_loop().remove_reader(self._socket.getsockopt(zmq.FD))
+            asyncio.get_running_loop().remove_reader(self._socket.fileno())
             self._socket.close(0)
             self._socket = None
 
@@ -125,8 +140,8 @@ class Outbox:
     """A replica's way to the HTTP replicas."""
 
     def __init__(self) -> None:
-        self._context = zmq.Context.instance()
-        self._peers: dict[str, zmq.Socket] = {}
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._peers: dict[str, zmq.Socket[bytes]] = {}
         self._pending: dict[str, list[Step]] = {}
         self._broken: set[str] = set()
 
@@ -161,7 +176,7 @@ class Outbox:
         self._broken.difference_update(step.id for step in steps if step.finish is not None)
         return whole
 
-    def _peer(self, address: str) -> zmq.Socket:
+    def _peer(self, address: str) -> zmq.Socket[bytes]:
         socket = self._peers.get(address)
         if socket is None:
             if len(self._peers) >= _MOST_PEERS:

@@ -74,7 +74,7 @@ class Outcome(msgspec.Struct, omit_defaults=True):
     """What the handle call of a job returns when the job is over."""
 
     status: str
-    """`done`; `invalid`: the engine refuses the job, `message` says why; `lost`: the engine died."""
+    """`done`; `invalid`: the engine refuses the job (`message` says why); `lost`: it died."""
     message: str = ""
     tokens: int = 0
     """How many were made."""

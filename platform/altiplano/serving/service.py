@@ -151,9 +151,7 @@ def _require_resources(section: ServeSection, parts: list[Part], may_grow: bool)
     import ray
 
     have, need = ray.cluster_resources(), needed_resources(section, parts)
-    short = {
-        name: amount for name, amount in need.items() if amount > have.get(name, 0.0) + 1e-6
-    }
+    short = {name: amount for name, amount in need.items() if amount > have.get(name, 0.0) + 1e-6}
     if not short:
         return
     told = ", ".join(
@@ -208,7 +206,7 @@ def how_to_call(service: Service, section: ServeSection) -> str:
     url, model = service.url, service.model_name
     question = '{"role": "user", "content": "Hello"}'
     keyed = section.keys.file is not None
-    header = " -H \"Authorization: Bearer $ALTIPLANO_API_KEY\"" if keyed else ""
+    header = ' -H "Authorization: Bearer $ALTIPLANO_API_KEY"' if keyed else ""
     key = 'os.environ["ALTIPLANO_API_KEY"]' if keyed else '"none"'
     page = f"\nChat page: {url}/chat\n" if section.page else ""
     return f"""\

@@ -6,6 +6,7 @@ artifacts. Costs what training costs, one encoding of the texts per pruning roun
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,30 @@ _SAMPLE_CHARACTERS = 1_000_000
 """Text on which the old and the new vocabulary are compared."""
 
 
-def grow_sentencepiece(
-    base: Path,
-    output: Path,
-    section: TokenizerSection,
-    texts: Texts,
-    resolve: Callable[[str], str],
-    seed: int,
-) -> dict[str, Any]:
-    """Train an addition, merge it with those that are given, prune; write a tokenizer directory.
+@dataclass(frozen=True)
+class Growth:
+    """What a new vocabulary is made from."""
 
-    Args:
-        base: directory of the base's tokenizer.
-        output: existing directory.
-        section: what to train, keep and leave out.
-        texts: training texts of the new language.
-        resolve: from config paths to absolute ones.
-        seed: of the sample.
+    base: Path
+    """Directory of the base's tokenizer."""
+    output: Path
+    """Existing directory that gets the new one."""
+    section: TokenizerSection
+    """What to train, keep and leave out."""
+    texts: Texts
+    """Training texts of the new language."""
+    resolve: Callable[[str], str]
+    """From config paths to absolute ones."""
+    seed: int
+    """Of the sample."""
+
+    def words(self) -> list[str]:
+        """Words that must become pieces."""
+        return _words(self.section, self.resolve)
+
+
+def grow_sentencepiece(growth: Growth) -> dict[str, Any]:
+    """Train an addition, merge it with those that are given, prune; write a tokenizer directory.
 
     Returns:
         counts of pieces.
@@ -44,29 +52,13 @@ def grow_sentencepiece(
     from altiplano.vocabulary.convert import save_tokenizer
     from altiplano.vocabulary.load import Vocabulary
     from altiplano.vocabulary.merge import merge_sentencepiece
-    from altiplano.vocabulary.prune import prune_sentencepiece
-    from altiplano.vocabulary.train import train_sentencepiece
 
-    words = _words(section, resolve)
-    additions = [Path(resolve(path)) for path in section.add]
+    section, words = growth.section, growth.words()
+    additions = [Path(growth.resolve(path)) for path in section.add]
     if section.vocab_size is not None:
-        added = output / "added.model"
-        train_sentencepiece(
-            texts(),
-            vocab_size=section.vocab_size,
-            output=added,
-            model_type=section.model_type,
-            character_coverage=section.character_coverage,
-            normalization=section.normalization,
-            split_digits=section.split_digits,
-            max_piece_length=section.max_piece_length,
-            words=words,
-            max_lines=section.max_lines,
-            seed=seed,
-        )
-        additions.insert(0, added)
+        additions.insert(0, _trained_addition(growth, words))
     merged = merge_sentencepiece(
-        base / "tokenizer.model",
+        growth.base / "tokenizer.model",
         additions,
         scores=section.scores,
         pad_piece=section.pad_piece,
@@ -79,52 +71,75 @@ def grow_sentencepiece(
         console.log(f"[yellow]{len(merged.split_words)} words stay split in some texts:[/] {shown}")
     model, counts = merged.proto, merged.counts()
     if section.min_count:
-        pruned = prune_sentencepiece(
-            model,
-            texts(),
-            old_size=merged.old_size,
-            min_count=section.min_count,
-            protected=words,
-            max_lines=section.max_lines,
-            seed=seed,
-        )
-        model = pruned.proto
-        counts |= pruned.counts()
-    template = Vocabulary(base).chat_template
-    save_tokenizer(model, output, pad_piece=section.pad_piece, chat_template=template)
+        model, pruned = _pruned(growth, model, merged.old_size, words)
+        counts |= pruned
+    template = Vocabulary(growth.base).chat_template
+    save_tokenizer(model, growth.output, pad_piece=section.pad_piece, chat_template=template)
     return {**counts, "scores": section.scores}
 
 
-def grow_bytelevel(
-    base: Path,
-    output: Path,
-    section: TokenizerSection,
-    texts: Texts,
-    resolve: Callable[[str], str],
-    seed: int,
-) -> dict[str, Any]:
-    """Learn merges on top of a byte-level BPE's own; arguments as of `grow_sentencepiece`.
+def _trained_addition(growth: Growth, words: list[str]) -> Path:
+    from altiplano.vocabulary.train import train_sentencepiece
+
+    section, added = growth.section, growth.output / "added.model"
+    assert section.vocab_size is not None
+    train_sentencepiece(
+        growth.texts(),
+        vocab_size=section.vocab_size,
+        output=added,
+        model_type=section.model_type,
+        character_coverage=section.character_coverage,
+        normalization=section.normalization,
+        split_digits=section.split_digits,
+        max_piece_length=section.max_piece_length,
+        words=words,
+        max_lines=section.max_lines,
+        seed=growth.seed,
+    )
+    return added
+
+
+def _pruned(
+    growth: Growth, model: Any, old_size: int, words: list[str]
+) -> tuple[Any, dict[str, int]]:
+    from altiplano.vocabulary.prune import prune_sentencepiece
+
+    pruned = prune_sentencepiece(
+        model,
+        growth.texts(),
+        old_size=old_size,
+        min_count=growth.section.min_count,
+        protected=words,
+        max_lines=growth.section.max_lines,
+        seed=growth.seed,
+    )
+    return pruned.proto, pruned.counts()
+
+
+def grow_bytelevel(growth: Growth) -> dict[str, Any]:
+    """Learn merges on top of a byte-level BPE's own.
 
     Raises:
         ConfigError: a setting that only SentencePiece has.
     """
     from altiplano.vocabulary.bytelevel.extend import extend_bytelevel
 
+    section = growth.section
     _refuse_sentencepiece_settings(section)
     result = extend_bytelevel(
-        base,
-        output,
-        texts=texts() if section.vocab_size is not None or section.min_count else None,
+        growth.base,
+        growth.output,
+        texts=growth.texts() if section.vocab_size is not None or section.min_count else None,
         new_pieces=section.vocab_size,
-        additions=[Path(resolve(path)) for path in section.add],
+        additions=[Path(growth.resolve(path)) for path in section.add],
         keep=section.kept_pieces,
         drop=section.drop,
         min_count=section.min_count,
-        words=_words(section, resolve),
+        words=growth.words(),
         character_coverage=section.character_coverage,
         max_piece_length=section.max_piece_length,
         max_lines=section.max_lines,
-        seed=seed,
+        seed=growth.seed,
         pad_piece=section.pad_piece,
     )
     return result.counts()

@@ -113,19 +113,20 @@ def grow_tokenizer(work: Work) -> None:
 
 
 def _add_pieces(work: Work) -> None:
-    from altiplano.stages.grow import grow_bytelevel, grow_sentencepiece
+    from altiplano.stages.grow import Growth, grow_bytelevel, grow_sentencepiece
     from altiplano.vocabulary.load import Vocabulary
 
     config, base = work.project.config, work.inputs["base"]
     grow = grow_bytelevel if Vocabulary(base.path).family == "bytelevel" else grow_sentencepiece
-    work.manifest.metrics = grow(
-        base.path,
-        work.output,
-        config.tokenizer,
-        lambda: _texts(work, config.data.text, config.tokenizer.languages),
-        work.project.resolve,
-        stream_seed(config.seed, "tokenizer"),
+    growth = Growth(
+        base=base.path,
+        output=work.output,
+        section=config.tokenizer,
+        texts=lambda: _texts(work, config.data.text, config.tokenizer.languages),
+        resolve=work.project.resolve,
+        seed=stream_seed(config.seed, "tokenizer"),
     )
+    work.manifest.metrics = grow(growth)
 
 
 def _compare_vocabularies(work: Work) -> None:

@@ -28,6 +28,7 @@ class ModelTemplate(ChatTemplate):
 
     @property
     def jinja(self) -> str:
+        """The template with cleaned contents and the default system prompt before it."""
         # Contents that are no text (images, tool calls) pass as they are.
         system = f"{{'role': 'system', 'content': {self.system_prompt!r}}}"
         missing = "not messages or messages[0]['role'] != 'system'"
@@ -45,6 +46,7 @@ class ModelTemplate(ChatTemplate):
         )
 
     def spans(self, messages: Sequence[Message], loss_on: LossOn = "all_answers") -> list[Span]:
+        """The conversation as text, marked where the loss counts."""
         _, turns = split_system(messages)
         if turns[-1]["role"] == "user":
             return [Span(self._prompt(messages), False)]

@@ -68,21 +68,35 @@ def engine_arguments(
     if not on_gpu:
         # VLLM_CPU_KVCACHE_SPACE, the usual way, takes whole GiB only.
         arguments["kv_cache_memory_bytes"] = int(entry.kv_cache_gib * 2**30)
+        arguments["worker_cls"] = _CPU_WORKER
     if entry.quantization != "none":
         arguments["quantization"] = _QUANTIZATION[entry.quantization]
     if entry.task == "embed":
         arguments |= {"runner": "pooling", "convert": "embed"}
     if entry.max_adapters:
         arguments |= _adapter_arguments(entry, draft_dir)
-    if draft_dir is not None and entry.draft.placement != "none":
+    if draft_dir is not None and speculates(entry, draft_dir):
         arguments |= _draft_arguments(entry, model_dir, draft_dir, channel)
-        if not on_gpu:
-            arguments["worker_cls"] = _CPU_WORKER
     return arguments
 
 
+def speculates(entry: ModelSettings, draft_dir: Path | None) -> bool:
+    """Whether a draft is used at all."""
+    return draft_dir is not None and entry.draft.placement != "none" and entry.task == "generate"
+
+
+def drafts_itself(entry: ModelSettings, draft_dir: Path | None) -> bool:
+    """Whether our own proposer drafts, here or in a replica, and not vLLM's `draft_model`."""
+    if not speculates(entry, draft_dir):
+        return False
+    method = entry.draft.method
+    if method == "auto":
+        method = "draft_model" if entry.gpus_per_replica else "drafter"
+    return entry.draft.placement == "replica" or method == "drafter"
+
+
 def _adapter_arguments(entry: ModelSettings, draft_dir: Path | None) -> dict[str, Any]:
-    if draft_dir is not None and entry.draft.placement != "none":
+    if speculates(entry, draft_dir):
         raise ServeError(
             f"model {entry.name}: serve.max_adapters is {entry.max_adapters}, and the draft "
             f"{draft_dir} speculates; it knows nothing of adapters and would guess badly for them: "
@@ -113,11 +127,7 @@ def _draft_arguments(
     entry: ModelSettings, model_dir: Path, draft_dir: Path, channel: str | None
 ) -> dict[str, Any]:
     draft = entry.draft
-    by_vllm = draft.placement == "engine" and (
-        draft.method == "draft_model"
-        or (draft.method == "auto" and entry.gpus_per_replica > 0)
-    )
-    if by_vllm:
+    if not drafts_itself(entry, draft_dir):
         return {
             "speculative_config": {
                 "method": "draft_model",

@@ -5,7 +5,6 @@ engine's library; importing it costs nothing.
 """
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Protocol
 
 from altiplano.serving.messages import About, Job, Step
@@ -55,11 +54,17 @@ class Engine(Protocol):
     def about(self) -> About:
         """What is served; call it after `start`."""
 
-    async def load_adapter(self, name: str, path: Path) -> None:
+    async def load_adapter(self, name: str, address: str) -> str:
         """Load a LoRA adapter, so that the first job that names it finds it there.
 
+        Args:
+            address: as `adapters.open_adapter` takes it.
+
+        Returns:
+            The address with the digest of the weights, for `Job.adapter_path`.
+
         Raises:
-            InvalidJob: the engine cannot load it; the message says why.
+            InvalidJob: it cannot be loaded; the message says why.
         """
 
     async def unload_adapter(self, name: str) -> None:

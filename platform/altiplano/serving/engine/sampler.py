@@ -16,6 +16,7 @@ Costs what the tokens it emits cost without a draft: positions behind a disagree
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+_T = TypeVar("_T")
 
 _CARRIED = "altiplano_refused"
 """Key of `SamplingParams.extra_args`."""
@@ -185,7 +188,7 @@ def _at_position(
     )
 
 
-def _moved[T](by_row: dict[int, T], places: dict[int, int]) -> dict[int, T]:
+def _moved(by_row: dict[int, _T], places: dict[int, int]) -> dict[int, _T]:
     """Return the entries of the rows in `places`, under their places."""
     return {places[row]: value for row, value in by_row.items() if row in places}
 

@@ -9,7 +9,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 
 from altiplano.serving.engine.base import InvalidJob
 from altiplano.serving.engine.grammar import require_harmless
-from altiplano.serving.messages import Sampling, Step, TokenLogprob
+from altiplano.serving.messages import Job, Sampling, Step, TokenLogprob
 
 _SEEDS = range(-(2**63), 2**63)
 """What torch's generators take of both signs; another would end the engine."""
@@ -52,7 +52,7 @@ def sampling_params(sampling: Sampling) -> SamplingParams:
     )
 
 
-def step_of(job_id: str, output: RequestOutput, first: bool) -> Step:
+def step_of(job: Job, output: RequestOutput, first: bool) -> Step:
     """What vLLM made for a job in one step.
 
     Args:
@@ -61,12 +61,18 @@ def step_of(job_id: str, output: RequestOutput, first: bool) -> Step:
     [made] = output.outputs
     tokens = list(made.token_ids)
     finish = made.finish_reason
+    logprobs = None
+    if made.logprobs is not None:
+        logprobs = [
+            _chosen_first(token, likely, job.sampling.logprobs)
+            for token, likely in zip(tokens, made.logprobs, strict=True)
+        ]
     return Step(
-        id=job_id,
+        id=job.id,
         tokens=tokens,
         finish=finish if finish in (None, "stop", "length") else "error",
-        logprobs=None if made.logprobs is None else _logprobs(tokens, made.logprobs),
-        prompt_logprobs=_prompt_logprobs(output) if first else None,
+        logprobs=logprobs,
+        prompt_logprobs=_prompt_logprobs(job, output) if first else None,
         cached_tokens=(output.num_cached_tokens or 0) if first else 0,
         stop_token=made.stop_reason if isinstance(made.stop_reason, int) else None,
     )
@@ -79,22 +85,19 @@ def _structured(guided: dict[str, object] | None) -> StructuredOutputsParams | N
     return StructuredOutputsParams(**guided)  # type: ignore[arg-type]  # one of messages' kinds
 
 
-def _prompt_logprobs(output: RequestOutput) -> list[list[TokenLogprob] | None] | None:
+def _prompt_logprobs(job: Job, output: RequestOutput) -> list[list[TokenLogprob] | None] | None:
     """Per prompt token; vLLM gives None at the first, which nothing predicts."""
     if output.prompt_logprobs is None:
         return None
-    prompt = output.prompt_token_ids or []
     return [
-        None if each is None else _chosen_first(token, each)
-        for token, each in zip(prompt, output.prompt_logprobs, strict=True)
+        None if likely is None else _chosen_first(token, likely, job.sampling.prompt_logprobs)
+        for token, likely in zip(job.prompt, output.prompt_logprobs, strict=True)
     ]
 
 
-def _logprobs(tokens: list[int], positions: list[dict[int, Logprob]]) -> list[list[TokenLogprob]]:
-    return [_chosen_first(token, each) for token, each in zip(tokens, positions, strict=True)]
-
-
-def _chosen_first(chosen: int, likely: dict[int, Logprob]) -> list[TokenLogprob]:
-    """The chosen token, then the likeliest by rank, where it stands again if it is one of them."""
-    triples = {token: (token, one.logprob, one.rank or 0) for token, one in likely.items()}
-    ...
+def _chosen_first(chosen: int, likely: dict[int, Logprob], count: int | None) -> list[TokenLogprob]:
+    """The chosen token, then the `count` likeliest by rank (where it may stand again)."""
+    triples = [(token, one.logprob, one.rank or 0) for token, one in likely.items()]
+    own = next(triple for triple in triples if triple[0] == chosen)
+    triples.sort(key=lambda triple: triple[2])
+    return [own, *triples[: count or 0]]

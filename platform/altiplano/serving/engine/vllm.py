@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from altiplano.config.serving import ModelSettings
-from altiplano.errors import ServeError
+from altiplano.errors import AltiplanoError, ServeError
+from altiplano.serving.adapters import Adapter, open_adapter
 from altiplano.serving.engine.arguments import QUIET, engine_arguments, require_cache
 from altiplano.serving.engine.base import EngineLost, InvalidJob
 from altiplano.serving.engine.slots import AdapterSlots
@@ -21,20 +22,20 @@ from altiplano.serving.messages import About, Job, Step
 
 os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
 
-import vllm  # noqa: E402 - reads the environment
-from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402
-from vllm.exceptions import GracefulHTTPError, VLLMClientError  # noqa: E402
-from vllm.inputs import TokensPrompt  # noqa: E402
-from vllm.inputs.engine import tokens_input  # noqa: E402
-from vllm.lora.request import LoRARequest  # noqa: E402
-from vllm.pooling_params import PoolingParams  # noqa: E402
-from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError  # noqa: E402
-from vllm.v1.executor import Executor  # noqa: E402
-from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger  # noqa: E402
+import vllm
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.inputs import TokensPrompt
+from vllm.inputs.engine import tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.pooling_params import PoolingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.executor import Executor
+from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
-from altiplano.serving.engine.sampler import carry_refused  # noqa: E402
-from altiplano.serving.engine.translate import sampling_params, step_of  # noqa: E402
+from altiplano.serving.engine.sampler import carry_refused
+from altiplano.serving.engine.translate import sampling_params, step_of
 
 
 class VllmEngine:
@@ -56,7 +57,7 @@ class VllmEngine:
         self._model_dir = model_dir
         self._arguments = engine_arguments(entry, model_dir, draft_dir, channel)
         self._exact = "speculative_config" in self._arguments and entry.gpus_per_replica == 0
-        self._adapters = AdapterSlots(entry.max_adapters)
+        self._adapters = AdapterSlots(entry.max_adapters, self._put_in, self._take_out)
         self._vllm: AsyncLLM | None = None
 
     async def start(self) -> None:
@@ -99,7 +100,7 @@ class VllmEngine:
             with _refusals():
                 async with contextlib.aclosing(outputs):
                     async for output in outputs:
-                        step = step_of(job.id, output, first=made == 0)
+                        step = step_of(job, output, first=made == 0)
                         made += len(step.tokens)
                         if step.finish == "error" and made == 0 and job.sampling.guided:
                             raise InvalidJob("the grammar cannot be compiled: make it simpler")
@@ -135,14 +136,15 @@ class VllmEngine:
             weights_gib=round(weights / 2**30, 3),
         )
 
-    async def load_adapter(self, name: str, path: Path) -> None:
+    async def load_adapter(self, name: str, address: str) -> str:
         """Load a LoRA adapter; see `base.Engine`."""
-        async with self._adapters.use(name, path, self._put_in, self._take_out):
-            pass
+        found = (await self._open_adapter(address)).address
+        async with self._adapters.use(name, found):
+            return found
 
     async def unload_adapter(self, name: str) -> None:
-        """Drop an adapter; jobs that use it are finished first."""
-        await self._adapters.drop(name, self._take_out)
+        """Drop an adapter's weights; see `base.Engine`."""
+        await self._adapters.drop(name)
 
     def shutdown(self) -> None:
         """End vLLM's processes."""
@@ -161,19 +163,28 @@ class VllmEngine:
         if job.adapter is None or job.adapter_path is None:
             yield None
             return
-        slots, path = self._adapters, Path(job.adapter_path)
-        async with slots.use(job.adapter, path, self._put_in, self._take_out) as number:
-            yield LoRARequest(job.adapter, number, str(path))
+        async with self._adapters.use(job.adapter, job.adapter_path) as (name, number):
+            yield LoRARequest(name, number, job.adapter_path)
 
-    async def _put_in(self, name: str, number: int, path: Path) -> None:
-        with _refusals():
-            try:
-                await self._running().add_lora(LoRARequest(name, number, str(path)))
-            except EngineDeadError:
-                raise
-            # What a worker raises arrives as a plain Exception with its text.
-            except Exception as error:
-                raise InvalidJob(f"the adapter {name} cannot be loaded: {error}") from error
+    async def _put_in(self, name: str, number: int, address: str) -> None:
+        adapter = await self._open_adapter(address)
+        try:
+            await self._running().add_lora(LoRARequest(name, number, str(adapter.directory)))
+        except EngineDeadError as error:
+            raise EngineLost("vLLM's engine process died") from error
+        # What the engine's process raised comes as a plain Exception with its text.
+        except Exception as error:
+            raise InvalidJob(f"vLLM cannot load the adapter {adapter.address}: {error}") from error
+
+    async def _open_adapter(self, address: str) -> Adapter:
+        """In a thread: it may be copied from afar."""
+        if not self._entry.max_adapters:
+            raise InvalidJob(f"model {self._entry.name} takes no adapters: set serve.max_adapters")
+        rank = self._entry.max_adapter_rank
+        try:
+            return await asyncio.to_thread(open_adapter, address, self._model_dir, rank)
+        except AltiplanoError as error:
+            raise InvalidJob(str(error)) from error
 
     async def _take_out(self, number: int) -> None:
         with _refusals():

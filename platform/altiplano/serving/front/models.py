@@ -5,6 +5,7 @@ happens in a replica. Opening reads config.json and the tokenizer: about 0.1 s p
 """
 
 import asyncio
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +40,13 @@ class TargetClient(Protocol):
 
     async def describe(self) -> About:
         """What a replica says of itself; wakes one where none runs. Raises as `call`."""
+        ...
+
+    async def adapter(self, action: str, name: str, path: str) -> Outcome:
+        """Have one replica `load` or `unload` a LoRA adapter; `message` is its path for jobs.
+
+        Raises as `call`.
+        """
         ...
 
 
@@ -76,6 +84,14 @@ class HandleClient:
         about = unpack(await _reply(self._handle.describe.remote()), About)
         assert isinstance(about, About)
         return about
+
+    async def adapter(self, action: str, name: str, path: str) -> Outcome:
+        """As `TargetClient.adapter`."""
+        outcome = unpack(await _reply(self._handle.adapter.remote(action, name, path)), Outcome)
+        assert isinstance(outcome, Outcome)
+        if outcome.status == "lost":
+            raise TargetLost(outcome.message)
+        return outcome
 
     def _for(self, job: Job) -> Any:
         if not self._by_prefix:
@@ -124,10 +140,12 @@ class ServedModel:
     inbox: Inbox
     context: int
     """Tokens that a prompt and its answer may have together."""
+    fingerprint: str
+    """OpenAI's `system_fingerprint`: changes when the model does."""
     about: About | None = None
     """What its replicas said of themselves; None until one did."""
     adapters: dict[str, str] = field(default_factory=dict)
-    """Path of each loaded LoRA adapter by name; see `adapters.py`."""
+    """Path of each loaded LoRA adapter by name; `admin.py` keeps it."""
 
     @property
     def sleeps(self) -> bool:
@@ -153,4 +171,14 @@ def open_model(
         client=client,
         inbox=inbox,
         context=min(own, entry.max_model_len or own),
+        fingerprint=_fingerprint(directory),
     )
+
+
+def _fingerprint(directory: Path) -> str:
+    """A digest of the config and of the weights' sizes and times; to read them takes too long."""
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for file in sorted(directory.glob("*.safetensors")):
+        state = file.stat()
+        digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns}".encode())
+    return f"fp_{digest.hexdigest()[:12]}"

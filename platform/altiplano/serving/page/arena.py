@@ -2,9 +2,8 @@
 
 A vote is one line of `elo.jsonl`; the table is always computed from all votes, so that their order
 does not matter and nothing can drift. Ratings are those of Bradley and Terry (1952), "Rank analysis
-of incomplete block designs", on the scale of Elo: 400 points are odds of ten to one, a model without
-votes has 1000. Knows nothing of models or answers, and keeps no text. Thousands of votes cost
-milliseconds.
+of incomplete block designs", on the scale of Elo: 400 points are odds of ten to one, the middle is
+1000. Knows nothing of models or answers, and keeps no text. Thousands of votes cost milliseconds.
 """
 
 import json
@@ -93,8 +92,8 @@ def table(votes: list[Vote]) -> list[Rating]:
     """Ratings of all models that were voted on, the best first.
 
     The likeliest strengths, given the votes and one tie of each model with a model of 1000 points:
-    without that prior, a model that won every vote would be infinitely strong. The margin is that of
-    the normal approximation (inverse of the Hessian).
+    without that prior, a model that won every vote would be infinitely strong. The margin is that
+    of the normal approximation (inverse of the Hessian).
     """
     names = sorted({name for vote in votes for name in (vote.left, vote.right)})
     if not names:

@@ -5,12 +5,22 @@ and gone with the tab.
 """
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import gradio as gr
 
 from altiplano.serving.page.client import Service, watch
-from altiplano.serving.page.panel import Panel, Turn, Wishes, chat_box, shown
+from altiplano.serving.page.panel import (
+    NO_MODEL,
+    Panel,
+    Turn,
+    Wishes,
+    chat_box,
+    question_box,
+    shown,
+    switch,
+)
 
 Update = dict[Any, Any]
 
@@ -20,64 +30,87 @@ class ChatTab:
 
     def __init__(self, service: Service, panel: Panel) -> None:
         self._service = service
-        self.turns = gr.State([])
-        self.model = gr.Dropdown([], label="Model", elem_id="chat-model")
-        self.box = chat_box("chat-box", "56vh")
+        self._turns = gr.State([])
+        self.model = gr.Dropdown([], show_label=False, container=False, elem_id="chat-model")
+        self._box = chat_box("chat-box", "56vh")
         with gr.Row(equal_height=True):
-            self.question = gr.Textbox(
-                show_label=False,
-                placeholder="Ask something. Enter sends, Shift+Enter makes a new line.",
-                lines=1,
-                max_lines=8,
-                scale=8,
-                min_width=200,
-                autofocus=True,
-                elem_id="chat-question",
+            self._question = question_box("chat-question")
+            self._send = gr.Button(
+                "Send", variant="primary", scale=1, min_width=80, elem_id="chat-send"
             )
-            self.send = gr.Button("Send", variant="primary", min_width=80, elem_id="chat-send")
         with gr.Row():
-            self.stop = gr.Button("Stop", interactive=False, min_width=80, elem_id="chat-stop")
-            self.again = gr.Button("Regenerate", min_width=80, elem_id="chat-again")
-            self.clear = gr.Button("Clear", min_width=80, elem_id="chat-clear")
+            self._stop = gr.Button("Stop", interactive=False, min_width=80, elem_id="chat-stop")
+            self._again = gr.Button("Regenerate", min_width=80, elem_id="chat-again")
+            self._clear = gr.Button("Clear", min_width=80, elem_id="chat-clear")
         self._wire(panel)
 
     def _wire(self, panel: Panel) -> None:
-        outputs = [self.turns, self.box, self.question, *self._buttons()]
+        buttons = [self._send, self._again, self._clear, self._stop]
+        outputs = [self._turns, self._box, self._question, *buttons]
+        wishes = [self.model, *panel.inputs]
         gr.on(
-            [self.send.click, self.question.submit],
+            [self._send.click, self._question.submit],
             self._ask,
-            [self.question, self.turns, self.model, *panel.inputs],
+            [self._question, self._turns, *wishes],
             outputs,
             show_progress="hidden",
+            api_visibility="private",
         )
-        self.again.click(
+        self._again.click(
             self._ask_again,
-            [self.turns, self.model, *panel.inputs],
+            [self._turns, *wishes],
             outputs,
             show_progress="hidden",
+            api_visibility="private",
         )
-        self.stop.click(_stop, self.turns, None, show_progress="hidden")
-        self.clear.click(lambda: ([], []), None, [self.turns, self.box], show_progress="hidden")
-
-    def _buttons(self) -> list[gr.Button]:
-        return [self.send, self.again, self.clear, self.stop]
+        self._stop.click(stop, self._turns, None, show_progress="hidden", api_visibility="private")
+        self._clear.click(
+            lambda: ([], []),
+            None,
+            [self._turns, self._box],
+            show_progress="hidden",
+            api_visibility="private",
+        )
 
     async def _ask(
         self, question: str, turns: list[Turn], model: str | None, *wishes: Any
     ) -> AsyncIterator[Update]:
-        if question.strip():
-            turns = [*turns, Turn(question)]
-            async for update in self._answer(turns, model, Wishes(*wishes)):
-                yield update | {self.question: ""} if update[self.turns] else update
-        else:
-            yield {self.turns: turns}
+        if not question.strip():
+            yield {self._turns: turns}
+            return
+        yield {self._question: ""}
+        async for update in self._answer([*turns, Turn(question)], model, Wishes(*wishes)):
+            yield update
 
     async def _ask_again(
         self, turns: list[Turn], model: str | None, *wishes: Any
     ) -> AsyncIterator[Update]:
-        if turns:
-            turns = [*turns[:-1], Turn(turns[-1].question)]
-            async for update in self._answer(turns, model, Wishes(*wishes)):
-                yield update
+        if not turns:
+            yield {self._turns: turns}
+            return
+        again = [*turns[:-1], Turn(turns[-1].question)]
+        async for update in self._answer(again, model, Wishes(*wishes)):
+            yield update
+
+    async def _answer(
+        self, turns: list[Turn], model: str | None, wishes: Wishes
+    ) -> AsyncIterator[Update]:
+        answer = turns[-1].answer
+        yield {self._turns: turns, self._box: shown(turns)} | self._busy(True)
+        if model is None:
+            answer.fail(NO_MODEL)
         else:
-            yield {self.turns: turns}
+            asked = [(wishes.question(model, turns), answer)]
+            async with aclosing(watch(self._service, wishes.key, asked)) as progress:
+                async for _ in progress:
+                    yield {self._box: shown(turns)}
+        yield {self._box: shown(turns)} | self._busy(False)
+
+    def _busy(self, busy: bool) -> Update:
+        return switch(busy, idle=[self._send, self._again, self._clear], running=[self._stop])
+
+
+async def stop(turns: list[Turn]) -> None:
+    """Abandon the answers that still come."""
+    for turn in turns:
+        turn.answer.stop()

@@ -103,6 +103,10 @@ class Answer:
         """Remember what fills it, for `stop`; its time runs from now."""
         self._task, self._asked = task, time.monotonic()
 
+    def fail(self, error: str) -> None:
+        """It cannot be had."""
+        self.error, self.done = error, True
+
     def end(self) -> None:
         """Nothing more comes."""
         self.seconds = time.monotonic() - self._asked
@@ -137,9 +141,19 @@ class Service:
             ServiceError: it does not answer, or refuses the key.
         """
         try:
-            return [model.id async for model in self._as(key).models.list()]
+            names = [model.id async for model in self._as(key).models.list()]
         except (OpenAIError, httpx.HTTPError) as error:
             raise ServiceError(_one_line(error)) from None
+        if not names:
+            raise ServiceError("the service offers no model")
+        return names
+
+    async def models_or_none(self, key: str) -> list[str]:
+        """As `models`; an empty list where they cannot be had."""
+        try:
+            return await self.models(key)
+        except ServiceError:
+            return []
 
     async def answer(self, key: str, question: Question, into: Answer) -> None:
         """Fill `into` until the answer is complete; what goes wrong becomes its `error`.

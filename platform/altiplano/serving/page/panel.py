@@ -13,6 +13,8 @@ from altiplano.serving.page.client import Answer, Question, Settings
 
 Message = dict[str, Any]
 
+NO_MODEL = "no model is chosen: where the service asks for an API key, type yours and press Enter"
+
 
 @dataclass
 class Turn:
@@ -30,7 +32,7 @@ class Panel:
             label="API key",
             type="password",
             placeholder="where the service asks for one",
-            autocomplete="off",
+            html_attributes=gr.InputHTMLAttributes(autocomplete="off", spellcheck=False),
             elem_id="key",
         )
         self.system = gr.Textbox(label="System prompt", lines=2, max_lines=8, elem_id="system")
@@ -41,19 +43,29 @@ class Panel:
             self.repetition = gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty")
         with gr.Group(), gr.Row():
             self.longest = gr.Number(
-                None, label="Longest answer", precision=0, minimum=0, min_width=120,
-                placeholder="tokens", elem_id="longest",
+                0,
+                label="Most tokens (0: all)",
+                precision=0,
+                minimum=0,
+                min_width=110,
+                elem_id="longest",
             )
             self.seed = gr.Number(
-                None, label="Seed", precision=0, min_width=120, placeholder="random",
-                elem_id="seed",
+                -1, label="Seed (-1: random)", precision=0, min_width=110, elem_id="seed"
             )
         self.beams = gr.Slider(
             0, 8, 0, step=1, label="Beams (0 samples; beam search does not stream)", elem_id="beams"
         )
         self.inputs = [
-            self.key, self.system, self.temperature, self.top_p, self.top_k, self.repetition,
-            self.longest, self.seed, self.beams,
+            self.key,
+            self.system,
+            self.temperature,
+            self.top_p,
+            self.top_k,
+            self.repetition,
+            self.longest,
+            self.seed,
+            self.beams,
         ]
 
 
@@ -72,14 +84,14 @@ class Wishes:
     beams: float
 
     def settings(self) -> Settings:
-        """As the service is asked; empty boxes leave the choice to it."""
+        """As the service is asked; what is left alone is left to it."""
         return Settings(
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=int(self.top_k) or None,
             repetition_penalty=self.repetition if self.repetition != 1 else None,
             max_tokens=int(self.longest) if self.longest else None,
-            seed=None if self.seed is None else int(self.seed),
+            seed=None if self.seed is None or self.seed < 0 else int(self.seed),
             beams=int(self.beams),
         )
 
@@ -107,6 +119,26 @@ def chat_box(name: str, height: str) -> gr.Chatbot:
         allow_file_downloads=False,
         layout="bubble",
     )
+
+
+def question_box(name: str) -> gr.Textbox:
+    """The box a question is typed into."""
+    return gr.Textbox(
+        show_label=False,
+        placeholder="Ask something (Shift+Enter: new line)",
+        lines=1,
+        max_lines=8,
+        scale=8,
+        min_width=200,
+        elem_id=name,
+    )
+
+
+def switch(busy: bool, idle: list[gr.Button], running: list[gr.Button]) -> dict[Any, Any]:
+    """The update that leaves only those buttons usable that fit: while an answer comes, or not."""
+    return {button: gr.update(interactive=not busy) for button in idle} | {
+        button: gr.update(interactive=busy) for button in running
+    }
 
 
 def shown(turns: list[Turn]) -> list[Message]:

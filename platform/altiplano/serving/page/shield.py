@@ -8,7 +8,7 @@ is large. Knows nothing of chats. Costs microseconds per request.
 import re
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _POLICY = "; ".join(
@@ -21,7 +21,7 @@ _POLICY = "; ".join(
         "font-src 'self' data:",
         "connect-src 'self'",
         "manifest-src 'self'",
-        "base-uri 'none'",
+        "base-uri 'self'",
         "form-action 'none'",
         "frame-ancestors 'none'",
     )
@@ -43,9 +43,9 @@ _LARGEST_BODY = 1 << 20
 class Shield:
     """Lets through what the page needs, with headers that keep the browser on this server."""
 
-    def __init__(self, app: ASGIApp, prefix: str, scheme: str) -> None:
-        """`prefix` is the page's path; `scheme` what browsers reach this server by."""
-        self._app, self._prefix, self._scheme = app, prefix, scheme
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
+        """`prefix` is the page's path for browsers."""
+        self._app, self._prefix = app, prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -62,13 +62,14 @@ class Shield:
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
-        if self._scheme == "https":
-            # A proxy that ended TLS talks plainly to us, and the page's own links need the truth.
-            scope["scheme"] = "https"
         await self._app(scope, receive, send_shielded)
 
-    def _refusal(self, scope: Scope) -> PlainTextResponse | None:
-        path = scope["path"].removeprefix(self._prefix) or "/"
+    def _refusal(self, scope: Scope) -> Response | None:
+        path = scope["path"].removeprefix(self._prefix)
+        if path == "":
+            # The page's addresses are relative to its folder. No host, no scheme: proxies change
+            # both on the way.
+            return RedirectResponse(f"{self._prefix}/", 307)
         allowed = {"GET": _READ, "HEAD": _READ, "POST": _WRITE}.get(scope["method"])
         if allowed is None or not allowed.fullmatch(path):
             return PlainTextResponse("there is no such page", 404)

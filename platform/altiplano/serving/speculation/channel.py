@@ -7,7 +7,6 @@ the other end. Knows neither drafts nor metrics.
 
 import threading
 import time
-from collections.abc import Callable
 
 import msgspec
 import zmq
@@ -43,21 +42,25 @@ class Report(msgspec.Struct):
     tokens_per_step: int = 0
     """Tokens wanted per row in the latest step; 0: speculation is off."""
 
+    def fell_back(self, reason: str) -> None:
+        """Count a step that went on without the draft."""
+        self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+
 
 class Link:
     """The engine's end."""
 
-    def __init__(self, address: str, report: Callable[[], Report]) -> None:
+    def __init__(self, address: str, counts: Report) -> None:
         """Connect in the background.
 
         Args:
             address: the bridge's `channel`.
-            report: gives the counters; called by the thread.
+            counts: sent as they stand; the owner goes on changing them.
         """
         self.addresses: list[str] = []
         """The latest addresses; replaced, never changed in place."""
         self._address = address
-        self._report = report
+        self._counts = counts
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="draft-link", daemon=True)
         self._thread.start()
@@ -82,8 +85,9 @@ class Link:
 
     def _send(self, socket: "zmq.Socket[bytes]", last: bytes) -> bytes:
         """Send the counters where they differ from the last ones sent; returns them."""
-        data = msgspec.msgpack.encode(self._report())
+        data = msgspec.msgpack.encode(self._counts)
         if data != last:
+            self._counts.latencies_ms = []
             try:
                 socket.send(data, zmq.NOBLOCK)
             except zmq.Again:  # Nobody takes them: the totals go with the next report.

@@ -6,7 +6,6 @@ messages look, not what they are for.
 """
 
 import math
-
 from collections import deque
 from statistics import median
 
@@ -37,11 +36,12 @@ class Connection:
             zmq.ZMQError: `address` is none.
         """
         self.address = address
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._socket = context.socket(zmq.DEALER)
         self._socket.linger = 0
         self._socket.sndhwm = self._socket.rcvhwm = 64
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
-        self._events = self._socket.get_monitor_socket(_GONE)
+        self._events: zmq.Socket[bytes] = self._socket.get_monitor_socket(_GONE)
         self._poller = zmq.Poller()
         for socket in (self._socket, self._events):
             self._poller.register(socket, zmq.POLLIN)
@@ -108,7 +108,7 @@ class Breaker:
         self._pause = self.PAUSE_S[0]
 
     def failed(self, now: float, *, at_once: bool = False) -> None:
-        """It did not answer in time; `at_once`: it cannot be talked to, so open without counting."""
+        """It did not answer in time; `at_once`: it cannot be used at all, so open."""
         self._failures += 1
         if at_once or self._failures >= self.FAILURES:
             self._closed_from = now + self._pause
@@ -142,5 +142,3 @@ class Deadline:
             return self._longest_s
         usual = self.FACTOR * median(self._trips)
         return min(self._longest_s, max(self.SHORTEST_S, usual))
-
-

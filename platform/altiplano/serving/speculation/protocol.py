@@ -139,7 +139,7 @@ def digest(tokens: Sequence[int] | npt.NDArray[np.int32]) -> int:
 
     An int32 array is read where it lies; a list is copied into one first.
     """
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens, dtype="<i4"))
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens, dtype="<i4").data)
 
 
 def vocab_digest(model_dir: Path | str) -> str:

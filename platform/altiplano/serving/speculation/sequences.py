@@ -40,21 +40,17 @@ class Line:
         return len(self.ids)
 
 
-def read_line(
-    ids: npt.NDArray[np.int32], length: int, fresh: list[int], k: int, longest: int
-) -> Line:
+def read_line(ids: npt.NDArray[np.int32], length: int, fresh: list[int], longest: int) -> Line:
     """One row of vLLM's arrays.
 
     Args:
         ids: [max_model_len] the row's ids, `length` of them valid, `fresh` among them.
-        k: most tokens wanted.
         longest: tokens a sequence may have; the target adds one of its own to what is proposed.
     """
-    hashing = xxhash.xxh3_64(ids[: length - len(fresh)])
+    hashing = xxhash.xxh3_64(ids[: length - len(fresh)].data)
     before = hashing.intdigest()
-    hashing.update(ids[length - len(fresh) : length])
-    room = max(0, longest - 1 - length)
-    return Line(ids[:length], fresh, before, hashing.intdigest(), min(k, room))
+    hashing.update(ids[length - len(fresh) : length].data)
+    return Line(ids[:length], fresh, before, hashing.intdigest(), max(0, longest - 1 - length))
 
 
 class Mirror:
@@ -63,9 +59,13 @@ class Mirror:
     def __init__(self) -> None:
         self._held: dict[int, int] = {}
 
-    def row(self, line: Line, k: int) -> Row:
-        """The row to ask for `line`; from then on the draft is taken to hold it."""
-        base = self._base(line)
+    def row(self, line: Line, k: int, *, whole: bool = False) -> Row:
+        """The row to ask for `line`; from then on the draft is taken to hold it.
+
+        Args:
+            whole: say everything, whatever the draft may hold.
+        """
+        base = 0 if whole else self._base(line)
         length = self._held.pop(base, 0)
         self._held[line.now] = line.length
         if len(self._held) > _REMEMBERED:

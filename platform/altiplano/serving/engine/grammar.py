@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def require_harmless(guided: dict[str, object]) -> None:
+    """x"""
