@@ -37,27 +37,18 @@ class Cluster:
             if state == "RUNNING"
         )
 
-    def kill(self, kind: str) -> int:
-        """SIGKILL the process of one replica; its id.
+    def kill(self, kind: str) -> list[psutil.Process]:
+        """SIGKILL the process of one replica; returns the processes it had started.
 
         Raises:
-            RuntimeError: there is none.
+            RuntimeError: there is no such replica.
         """
         for process in psutil.Process().children(recursive=True):
             if f"ServeReplica:altiplano:{kind}" in _title(process):
+                started = process.children(recursive=True)
                 os.kill(process.pid, signal.SIGKILL)
-                return process.pid
+                return started
         raise RuntimeError(f"no replica of {kind} runs")
-
-    def orphans(self) -> int:
-        """Engine processes whose replica is gone."""
-        engines = [p for p in psutil.process_iter() if "VLLM::EngineCore" in _title(p)]
-        return sum(
-            p.username() == psutil.Process().username()
-            and (parent := p.parent()) is not None
-            and "ServeReplica" not in _title(parent)
-            for p in engines
-        )
 
     def redeploy(self, *changes: str) -> None:
         """Replace the service by one with changed settings, in place; returns when it runs."""

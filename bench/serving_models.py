@@ -91,6 +91,14 @@ def pair_prompts(pair: Path, count: int, seed: int = 0) -> list[str]:
     return [line[: max(8, len(line) // 3)].rstrip() for line in picked]
 
 
+def write_tokenizer(place: Path) -> None:
+    """The tokenizer made by code, in a model directory."""
+    from altiplano.vocabulary.convert import save_tokenizer
+
+    file = _train_tokenizer(place)
+    save_tokenizer(file.read_bytes(), place, chat_template=_TEMPLATE)
+
+
 def _train_tokenizer(folder: Path) -> Path:
     """Pieces of made-up words."""
     from altiplano.vocabulary.train import train_sentencepiece

@@ -6,17 +6,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from altiplano.serving.speculation.channel import Report
 from altiplano.serving.speculation.policy import Policy
-from altiplano.serving.speculation.proposer import LocalDraft, Proposer
-from altiplano.serving.speculation.sequences import Line
+from altiplano.serving.speculation.proposer import LocalDraft, Speculation
 from tests.helpers.draft_worlds import LONGEST, VOCAB, ArithmeticDraft, World, draft_tokens
 
 _K = 4
 
 
-def _proposer(draft: ArithmeticDraft, k: int = _K) -> Proposer:
+def _proposer(draft: ArithmeticDraft, policy: object = None) -> Speculation:
     local = LocalDraft(draft, VOCAB)
-    return Proposer.of_parts(local, Policy(k, adaptive=False), longest=LONGEST, most=_K)
+    policy = policy or Policy(_K, adaptive=False)
+    return Speculation(local, policy, Report(), longest=LONGEST, most=_K)
 
 
 @given(data=st.data())
@@ -151,8 +152,7 @@ class _Never(ArithmeticDraft):
 
 def test_switched_off_nobody_asks_the_draft():
     world, policy = World(), _Plan([0] * 4)
-    local = LocalDraft(_Never(), VOCAB)
-    proposer = Proposer.of_parts(local, policy, longest=LONGEST, most=_K)
+    proposer = _proposer(_Never(), policy)
     world.join([1, 2, 3])
     for _ in range(4):
         world.step()
@@ -163,8 +163,7 @@ def test_switched_off_nobody_asks_the_draft():
 
 def test_the_policy_sees_only_steps_whose_time_is_typical():
     world, policy = World(), _Plan([_K] * 5 + [0, _K])
-    local = LocalDraft(ArithmeticDraft(), VOCAB)
-    proposer = Proposer.of_parts(local, policy, longest=LONGEST, most=_K)
+    proposer = _proposer(ArithmeticDraft(), policy)
     world.join([1, 2, 3])
     world.step()
     world.ask(proposer.propose)  # The first ask reads the prompt.
@@ -187,21 +186,3 @@ def test_the_policy_sees_only_steps_whose_time_is_typical():
     world.ask(proposer.propose)
     assert policy.seen[-1] == ([0, 0], [0, 0])
     assert all(seconds >= 0 for seconds in policy.times)
-
-
-def test_lines_are_views_that_name_their_sequence():
-    world = World()
-    world.join([1, 2, 3])
-    world.step()
-    lines: list[Line] = []
-
-    class Listening(LocalDraft):
-        def propose(self, asked):
-            lines.extend(asked)
-            return super().propose(asked)
-
-    draft = Listening(ArithmeticDraft(), VOCAB)
-    proposer = Proposer.of_parts(draft, Policy(2, adaptive=False), longest=LONGEST, most=_K)
-    assert len(world.ask(proposer.propose)[0]) == 2
-    assert lines[0].ids.tolist() == world.sequences[0]
-    assert lines[0].fresh == world.sampled[0]

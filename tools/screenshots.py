@@ -149,15 +149,23 @@ def click(driver: "Chrome", name: str) -> None:
 
 def value(driver: "Chrome", name: str) -> str:
     """What stands in a box."""
-    return find(driver, name, f"textarea, #{name} input").get_property("value")
+    return str(find(driver, name, f"textarea, #{name} input").get_property("value"))
+
+
+def text(driver: "Chrome", name: str) -> str:
+    """What can be read in an element."""
+    return find(driver, name).text
 
 
 def ask(driver: "Chrome", tab: str, question: str) -> None:
     """Send a question in the tab `chat` or `arena`, and wait for the end of the answer."""
     enter(driver, f"{tab}-question", question)
     click(driver, f"{tab}-send")
-    wait(lambda: find(driver, f"{tab}-stop").is_enabled(), "the answer begins")
-    wait(lambda: find(driver, f"{tab}-send").is_enabled(), "the answer is complete")
+    # The box is emptied, and the button switched off, by one and the same update.
+    wait(
+        lambda: not value(driver, f"{tab}-question") and find(driver, f"{tab}-send").is_enabled(),
+        "the answer is complete",
+    )
 
 
 def main() -> None:

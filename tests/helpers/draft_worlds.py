@@ -75,7 +75,9 @@ class ArithmeticDraft:
 class World:
     """vLLM's side of speculation: rows that grow by what a target accepts of the proposals."""
 
-    def __init__(self, rows: int = 16) -> None:
+    def __init__(self, target: Callable[[Sequence[int]], int] = target_token) -> None:
+        rows = 16
+        self._target = target
         self.ids = np.zeros((rows, LONGEST), np.int32)
         self.lengths = np.zeros(rows, np.int32)
         self.sampled: list[list[int]] = []
@@ -116,11 +118,11 @@ class World:
             made: list[int] = []
             if row not in waiting and len(sequence) < LONGEST - 1:
                 for token in self.proposals[row]:
-                    if token != target_token(sequence + made):
+                    if token != self._target(sequence + made):
                         break
                     made.append(token)
                 self.accepted += len(made)
-                made.append(target_token(sequence + made))
+                made.append(self._target(sequence + made))
             self.ids[row, self.lengths[row] : self.lengths[row] + len(made)] = made
             self.lengths[row] += len(made)
             self.sampled[row] = made
@@ -136,7 +138,7 @@ class DraftReplica:
 
     def __init__(self, digest_: str = "same", memory: int = 1000) -> None:
         self.behave = "right"
-        """right, wrong, silent, slow, garbage, rows, ids, many, stale."""
+        """right, wrong, silent, slow, reading (slow if long), garbage, rows, ids, many or stale."""
         self.draft = ArithmeticDraft(memory)
         self.asks = 0
         """Asks received."""
@@ -176,7 +178,8 @@ class DraftReplica:
         self.asks += 1
         if self.behave == "silent":
             return []
-        if self.behave == "slow":
+        long = any(len(row.tokens) > 64 for row in message.rows)
+        if self.behave == "slow" or (self.behave == "reading" and long):
             time.sleep(0.08)
         guesses = self.draft.propose(message.rows)
         replies = _spoil(self.behave, message.step, guesses)

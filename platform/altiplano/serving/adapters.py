@@ -23,9 +23,12 @@ from altiplano.model.fold import (
     LoraPart,
     read_lora,
 )
+from altiplano.model.load import weight_files
+from altiplano.model.stored import read_header
 from altiplano.storage import expand, identity_of, is_remote, open_binary, sha256_of
 
 _DIGEST_LENGTH = 16
+_PEFT_PREFIX = "base_model.model."
 _MERGE = "merge it into the model and serve that (`altiplano merge CONFIG`)"
 
 
@@ -57,6 +60,7 @@ def open_adapter(address: str, model_dir: Path, max_rank: int) -> Adapter:
     if (directory / MANIFEST).is_file():
         _check_manifest(directory, place, model_dir)
     _check_format(directory, place, max_rank)
+    _check_shapes(directory, place, model_dir)
     found = sha256_of(directory / ADAPTER_WEIGHTS)[:_DIGEST_LENGTH]
     if digest and digest != found:
         raise ArtifactError(
@@ -126,6 +130,25 @@ def _check_format(directory: Path, place: str, max_rank: int) -> None:
         raise ServeError(
             f"the adapter {place} has rank {rank}, serve.max_adapter_rank is {max_rank}: raise it"
         )
+
+
+def _check_shapes(directory: Path, place: str, model_dir: Path) -> None:
+    """Refuse matrices that do not fit: vLLM would find out half-way."""
+    rank = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"]
+    layers = {
+        each.name: each.shape for file in weight_files(model_dir) for each in read_header(file)
+    }
+    for tensor in read_header(directory / ADAPTER_WEIGHTS):
+        stem, _, side = tensor.name.removeprefix(_PEFT_PREFIX).rpartition(".lora_")
+        layer = layers.get(f"{stem}.weight")
+        if layer is None:
+            raise ServeError(f"the adapter {place} changes {stem}, which {model_dir} has not")
+        fitting = (rank, layer[1]) if side == "A.weight" else (layer[0], rank)
+        if tuple(tensor.shape) != fitting:
+            raise ServeError(
+                f"the adapter {place} gives {tensor.name} the shape {list(tensor.shape)}, "
+                f"{list(fitting)} fits {model_dir}: it belongs to another model"
+            )
 
 
 def _is_foreign(name: str) -> bool:

@@ -28,7 +28,7 @@ def build_application(section: ServeSection, parts: list[Part]) -> "Application"
 
     from altiplano.serving.front.app import Front
 
-    front = serve.deployment(Front).options(
+    front = serve.deployment(serve.ingress()(Front)).options(
         name="Front",
         num_replicas=section.http_replicas,
         max_ongoing_requests=section.limits.max_requests + 16,
@@ -65,7 +65,7 @@ def build_page(api_url: str, votes: Path) -> "Application":
 
     from altiplano.serving.page.app import Page
 
-    page = serve.deployment(Page).options(
+    page = serve.deployment(serve.ingress()(Page)).options(
         name="Page",
         num_replicas=1,
         max_ongoing_requests=256,

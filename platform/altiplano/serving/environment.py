@@ -23,18 +23,20 @@ FAST_SERVE = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
 }
 _NOT_WITH_TLS = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
+_OPEN_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 
 
 def prepare(section: ServeSection) -> None:
     """Set the variables in this process, for a cluster that it starts next.
 
-    HAProxy's page of counters listens on a free port (on all addresses; Ray has no setting for
-    that). It shows numbers of connections, and takes no commands. HAProxy as Ray sets it up speaks
+    HAProxy's pages of counters listen on free ports (on all addresses; Ray has no setting for
+    that). They show numbers of connections, and take no commands. HAProxy as Ray sets it up speaks
     no TLS, so with a certificate Serve's own proxy is used.
     """
     for name, value in FAST_SERVE.items():
         if section.tls_key is None or name not in _NOT_WITH_TLS:
             os.environ.setdefault(name, value)
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        os.environ.setdefault("RAY_SERVE_HAPROXY_STATS_PORT", str(probe.getsockname()[1]))
+    for name in _OPEN_PORTS:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            os.environ.setdefault(name, str(probe.getsockname()[1]))

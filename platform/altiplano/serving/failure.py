@@ -36,7 +36,7 @@ def describe_failure(application: "ApplicationStatusOverview", since: float, log
     told = [
         f"{name} is {deployment.status.value}: {last_error(deployment.message)}"
         for name, deployment in application.deployments.items()
-        if deployment.status != "HEALTHY"
+        if deployment.status != "HEALTHY" and (deployment.message or not application.message)
     ]
     if engine := engine_error(since, logs):
         told.append(f"the engine said: {engine}")

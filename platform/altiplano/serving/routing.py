@@ -53,7 +53,7 @@ class PrefixRouter(ConsistentHashRouter):
         return [own, two]
 
     def _is_busier(self, replica: RunningReplica, others: Sequence[RunningReplica]) -> bool:
-        """Whether its queue is longer than the shortest by more than a few; unknown ones count 0."""
+        """Whether its queue is longer than the shortest by more than a few; unknown ones are 0."""
         queues = [self._replica_queue_len_cache.get(each.replica_id) or 0 for each in others]
         own = self._replica_queue_len_cache.get(replica.replica_id) or 0
         return own > min(queues, default=0) + _MOST_AHEAD

@@ -6,7 +6,7 @@ wherever it runs, is no part of this replica's health. Importing this is cheap; 
 vLLM when it is made.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,7 @@ from altiplano.config.serving import ModelSettings
 from altiplano.errors import ServeError
 from altiplano.serving.engine.arguments import drafts_itself
 from altiplano.serving.engine.base import EngineLost, InvalidJob
-from altiplano.serving.messages import Embedding, Job, Outcome, pack, unpack
+from altiplano.serving.messages import Embedding, Job, Outcome, Step, pack, unpack
 
 if TYPE_CHECKING:
     from altiplano.serving.engine.base import Engine
@@ -72,21 +72,11 @@ class Target:
             job: a packed `Job`.
 
         Returns:
-            A packed `Outcome`; `tokens` says how many steps' tokens were sent before it.
+            A packed `Outcome`. It may overtake the last steps: `tokens` says how many there are.
         """
         request = unpack(job, Job)
         assert isinstance(request, Job) and self._engine is not None and self._outbox is not None
-        made = 0
-        try:
-            async with aclosing(self._engine.generate(request)) as steps:
-                async for step in steps:
-                    made += len(step.tokens)
-                    self._outbox.send(request.reply_to, step)
-        except InvalidJob as error:
-            return pack(Outcome("invalid", str(error), made))
-        except EngineLost as error:
-            return pack(Outcome("lost", str(error), made))
-        return pack(Outcome("done", tokens=made))
+        return pack(await run_job(self._engine, request, self._outbox.send))
 
     async def embed(self, job: bytes) -> bytes:
         """Embed a packed `Job`'s prompt; returns a packed `Embedding`."""
@@ -141,6 +131,25 @@ class Target:
             self._bridge.close()
         if self._outbox is not None:
             self._outbox.close()
+
+
+async def run_job(engine: "Engine", job: Job, send: Callable[[str, Step], None]) -> Outcome:
+    """Run a job to its end; cancelling this ends it in the engine.
+
+    Args:
+        send: takes each step and where it goes.
+    """
+    made = 0
+    try:
+        async with aclosing(engine.generate(job)) as steps:
+            async for step in steps:
+                made += len(step.tokens)
+                send(job.reply_to, step)
+    except InvalidJob as error:
+        return Outcome("invalid", str(error), made)
+    except EngineLost as error:
+        return Outcome("lost", str(error), made)
+    return Outcome("done", tokens=made)
 
 
 def machines() -> set[str]:

@@ -61,7 +61,8 @@ def engine_arguments(
         "trust_remote_code": False,
         "disable_log_stats": False,
         # One backend for all: "auto" takes that of the first guided request for every later one.
-        "structured_outputs_config": {"backend": "xgrammar"},
+        # No blanks between a JSON answer's parts: a small model may write them for ever.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     }
     if entry.max_model_len is not None:
         arguments["max_model_len"] = entry.max_model_len

@@ -4,7 +4,7 @@ The rest of the service is written against this; `vllm.py` is the one engine the
 engine's library; importing it costs nothing.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from altiplano.serving.messages import About, Job, Step
@@ -31,7 +31,7 @@ class Engine(Protocol):
             ServeError: it cannot be served with these settings; the message names the key.
         """
 
-    def generate(self, job: Job) -> AsyncIterator[Step]:
+    def generate(self, job: Job) -> AsyncGenerator[Step, None]:
         """Answer a job, one `Step` per engine step that made tokens for it; the last has `finish`.
 
         Closing the iterator, or cancelling who awaits it, ends the job in the engine at once.

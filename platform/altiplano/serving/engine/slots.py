@@ -9,17 +9,23 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from altiplano.serving.engine.base import InvalidJob
 
-PutIn = Callable[[str, int, str], Awaitable[None]]
-"""Load: unique name, number (from 1), address. Raises `InvalidJob`."""
+PutIn = Callable[[str, int, str], Awaitable[Path]]
+"""Load: unique name, number (from 1), address; returns where it lies. Raises `InvalidJob`."""
 TakeOut = Callable[[int], Awaitable[None]]
 
 
 @dataclass
-class _Slot:
+class Slot:
+    """One adapter."""
+
+    name: str
+    """Unique, also among earlier weights of the same adapter."""
     number: int
+    directory: Path
     users: int = 0
 
 
@@ -29,14 +35,14 @@ class AdapterSlots:
     def __init__(self, capacity: int, put_in: PutIn, take_out: TakeOut) -> None:
         self._capacity = capacity
         self._put_in, self._take_out = put_in, take_out
-        self._slots: dict[tuple[str, str], _Slot] = {}
+        self._slots: dict[tuple[str, str], Slot] = {}
         """In order of their last use."""
         self._changing = asyncio.Lock()
         self._loaded = 0
 
     @asynccontextmanager
-    async def use(self, name: str, address: str) -> AsyncIterator[tuple[str, int]]:
-        """Have an adapter loaded within the block; gives its unique name and its number.
+    async def use(self, name: str, address: str) -> AsyncIterator[Slot]:
+        """Have an adapter loaded within the block.
 
         Raises:
             InvalidJob: it cannot be loaded, or all places are taken by adapters in use.
@@ -44,7 +50,7 @@ class AdapterSlots:
         slot = await self._get(name, address)
         slot.users += 1
         try:
-            yield f"{name}#{slot.number}", slot.number
+            yield slot
         finally:
             slot.users -= 1
 
@@ -55,15 +61,16 @@ class AdapterSlots:
             for key in idle:
                 await self._take_out(self._slots.pop(key).number)
 
-    async def _get(self, name: str, address: str) -> _Slot:
+    async def _get(self, name: str, address: str) -> Slot:
         key = name, address
         if key not in self._slots:
             async with self._changing:
                 if key not in self._slots:
                     await self._make_room()
                     self._loaded += 1
-                    await self._put_in(f"{name}#{self._loaded}", self._loaded, address)
-                    self._slots[key] = _Slot(self._loaded)
+                    unique, number = f"{name}#{self._loaded}", self._loaded
+                    directory = await self._put_in(unique, number, address)
+                    self._slots[key] = Slot(unique, number, directory)
         slot = self._slots.pop(key)
         self._slots[key] = slot
         return slot

@@ -8,7 +8,7 @@ Serve nor text: nothing is detokenised. Import it only in a replica: it imports 
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ os.environ.update({name: value for name, value in QUIET.items() if name not in o
 
 import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.envs import enable_envs_cache
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs import TokensPrompt
 from vllm.inputs.engine import tokens_input
@@ -76,14 +77,17 @@ class VllmEngine:
                 log_requests=False,
                 stat_loggers=[RayPrometheusStatLogger],
             )
+            # vLLM asks the environment anew for every token: a quarter of this process' work.
+            enable_envs_cache()
         except ServeError:
             raise
         except (ValueError, RuntimeError) as error:
             raise ServeError(f"vLLM cannot serve {self._model_dir}: {error}") from error
 
-    async def generate(self, job: Job) -> AsyncIterator[Step]:
+    async def generate(self, job: Job) -> AsyncGenerator[Step, None]:
         """Answer a job; see `base.Engine`."""
         engine = self._running()
+        self._check_prompt(job.prompt)
         with _refusals():
             params = sampling_params(job.sampling)
             if self._exact:
@@ -109,6 +113,7 @@ class VllmEngine:
     async def embed(self, prompt: list[int]) -> list[float]:
         """Embed a prompt; see `base.Engine`."""
         engine = self._running()
+        self._check_prompt(prompt)
         params = PoolingParams(task="embed")
         vector: list[float] = []
         outputs = engine.encode(tokens_input(prompt), params, os.urandom(8).hex())
@@ -157,24 +162,34 @@ class VllmEngine:
             raise EngineLost("the engine is shut down")
         return self._vllm
 
+    def _check_prompt(self, prompt: list[int]) -> None:
+        """vLLM lets ids through that the tokenizer has and the model has no row for."""
+        rows = self._running().model_config.get_vocab_size()
+        if prompt and not 0 <= min(prompt) <= max(prompt) < rows:
+            wrong = next(token for token in prompt if not 0 <= token < rows)
+            raise InvalidJob(f"the prompt has token {wrong}, the vocabulary has {rows}")
+
     @contextlib.asynccontextmanager
     async def _adapter_of(self, job: Job) -> AsyncIterator[LoRARequest | None]:
         """The adapter a job names, loaded for as long as the job runs."""
         if job.adapter is None or job.adapter_path is None:
             yield None
             return
-        async with self._adapters.use(job.adapter, job.adapter_path) as (name, number):
-            yield LoRARequest(name, number, job.adapter_path)
+        async with self._adapters.use(job.adapter, job.adapter_path) as slot:
+            yield LoRARequest(slot.name, slot.number, str(slot.directory))
 
-    async def _put_in(self, name: str, number: int, address: str) -> None:
-        adapter = await self._open_adapter(address)
+    async def _put_in(self, name: str, number: int, address: str) -> Path:
+        engine, adapter = self._running(), await self._open_adapter(address)
         try:
-            await self._running().add_lora(LoRARequest(name, number, str(adapter.directory)))
+            await engine.add_lora(LoRARequest(name, number, str(adapter.directory)))
         except EngineDeadError as error:
             raise EngineLost("vLLM's engine process died") from error
         # What the engine's process raised comes as a plain Exception with its text.
         except Exception as error:
+            # It may lie there half loaded, in another's place.
+            await self._take_out(number)
             raise InvalidJob(f"vLLM cannot load the adapter {adapter.address}: {error}") from error
+        return adapter.directory
 
     async def _open_adapter(self, address: str) -> Adapter:
         """In a thread: it may be copied from afar."""

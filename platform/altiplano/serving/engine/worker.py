@@ -1,9 +1,9 @@
 """The worker of every CPU engine, which vLLM loads by name (`worker_cls`).
 
-Mends three things of vLLM 0.29 on CPUs, each by its own objects: speculation samples exactly
-(`sampler.py`), with min-p and logit bias too; a seeded request whose prompt is computed in several
-parts draws nothing before its first token, where vLLM would rewind a CPU generator, which cannot
-be, and lose the engine. Where nothing speculates and nobody seeds, it is vLLM's worker.
+Puts right what vLLM 0.29 does badly on CPUs, with objects in the places vLLM has for them: tokens
+are drawn cheaply (`draw.py`); speculation samples exactly, min-p and logit bias included
+(`sampler.py`); a seeded request whose prompt is computed in several parts draws nothing before its
+first token (vLLM wants to rewind its generator, which no CPU generator can, and the engine dies).
 """
 
 from collections.abc import Iterator
@@ -13,26 +13,25 @@ from typing import TYPE_CHECKING
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from altiplano.serving.engine.draw import InverseDraw
 from altiplano.serving.engine.sampler import ExactSampler, restore_refused
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-QUALIFIED_NAME = "altiplano.serving.engine.worker.ExactCpuWorker"
-"""For `worker_cls`."""
-
 
 class ExactCpuWorker(CPUWorker):
-    """vLLM's CPU worker with an exact verifier."""
+    """vLLM's CPU worker with our draw and our verifier."""
 
     def init_device(self) -> None:
-        """Build the model runner and give it our verifier, and the processors vLLM leaves out."""
+        """Build the model runner and give it our draw, our verifier and all processors."""
         super().init_device()
         assert not self.use_v2_model_runner, "written against vLLM's first model runner"
+        runner = self.model_runner
+        runner.sampler.topk_topp_sampler = InverseDraw()
         if self.vllm_config.speculative_config is None:
             return
-        runner = self.model_runner
         runner.rejection_sampler = ExactSampler(runner.sampler)
         runner.input_batch.logitsprocs = LogitsProcessors(
             make(self.vllm_config, self.device, False) for make in BUILTIN_LOGITS_PROCESSORS

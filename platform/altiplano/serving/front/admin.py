@@ -2,7 +2,7 @@
 
 A replica checks an adapter and loads it; then it stands on the notice board, where every HTTP
 replica finds it within a second and names it in its jobs, so that other and later replicas load it
-with the first job that wants it. Knows no files and no engine. Who may call is the guard's business.
+with the first job that wants it. Knows no files and no engine. Who may call is the guard's job.
 """
 
 import asyncio

@@ -28,6 +28,8 @@ class Wish:
     """Spell special tokens."""
     top: int | None = None
     """Likeliest tokens reported per position; None reports nothing."""
+    only_prompt: bool = False
+    """Nothing is to be made: the token that the engine makes all the same is dropped."""
 
 
 class Answer:
@@ -70,6 +72,9 @@ class Answer:
         self.cached_tokens = self.cached_tokens or step.cached_tokens
         if step.prompt_logprobs is not None:
             self.prompt_logprobs = step.prompt_logprobs
+        if self._wish.only_prompt:
+            self.finish = "length"
+            return ""
         if self._wish.stops:
             piece, taken = self._scanned(step)
         else:
@@ -124,33 +129,43 @@ def chat_logprobs(
     ]
 
 
+@dataclass
+class Cursor:
+    """Where in a text the next token begins."""
+
+    offset: int = 0
+    """Characters before it."""
+    begins: bool = False
+    """The text begins with it, so that its first space is the tokenizer's."""
+
+    def pass_over(self, codec: TextCodec, id_: int) -> str:
+        """The token's text on its own; the cursor then stands behind what it adds."""
+        text = codec.text_of(id_)[0]
+        if not codec.is_special(id_):
+            self.offset += len(text) - (self.begins and text.startswith(" "))
+            self.begins = False
+        return text
+
+
 def completion_logprobs(
     codec: TextCodec,
     ids: Sequence[int],
     positions: Sequence[Sequence[TokenLogprob] | None],
     top: int,
-    offset: int = 0,
-    *,
-    begins: bool = False,
-) -> dict[str, Any]:
+    cursor: Cursor,
+) -> dict[str, list[Any]]:
     """Logprobs in the form of completions.
 
     Args:
         ids: the tokens.
         positions: as many; None where there is none (the first token of a prompt).
         top: how many of the likeliest to tell, beside the chosen one.
-        offset: characters before the first token.
-        begins: the text begins here, so that its first space may be the tokenizer's.
-
+        cursor: stands before the first token, afterwards behind the last.
     """
-    tokens, offsets = [], []
-    begins = begins and codec.strips
+    offsets, tokens = [], []
     for id_ in ids:
-        tokens.append(codec.text_of(id_)[0])
-        offsets.append(offset)
-        if not codec.is_special(id_):
-            offset += len(tokens[-1]) - (begins and tokens[-1].startswith(" "))
-            begins = False
+        offsets.append(cursor.offset)
+        tokens.append(cursor.pass_over(codec, id_))
     return {
         "tokens": tokens,
         "token_logprobs": [_shown(each[0][1]) if each else None for each in positions],

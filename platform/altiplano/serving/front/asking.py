@@ -172,6 +172,7 @@ def ask(
         min_tokens=body.min_tokens,
         special=not body.skip_special_tokens,
         top=body.top,
+        only_prompt=body.longest == 0,
     )
     return Asked(state, caller, model, adapter or model.name, prompts, jobs, wish)
 

@@ -32,6 +32,8 @@ _log = logging.getLogger("altiplano.guard")
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # One that does not end reaches to the end of the body: nothing is ever looked at twice.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+# Group 1: half a surrogate pair. Pairs and other escapes come first, so that none is cut in two.
+_ESCAPE = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)|\\.", re.DOTALL)
 _NOT_BRACKET = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _RETRY_S = 1.0
@@ -231,7 +233,8 @@ def check_json(body: bytes, max_depth: int) -> None:
     Needs no recursion; where brackets are few, no look at each character either.
 
     Raises:
-        ApiError: 400: not UTF-8, or nested deeper than `max_depth`.
+        ApiError: 400: not UTF-8, half a surrogate pair (text no one can write as UTF-8), or nested
+            deeper than `max_depth`.
     """
     try:
         body.decode()
@@ -239,6 +242,8 @@ def check_json(body: bytes, max_depth: int) -> None:
         raise ApiError(
             400, f"the body is not UTF-8: byte {error.start} is {body[error.start]:#04x}"
         ) from None
+    if (b"\\ud" in body or b"\\uD" in body) and any(map(_half, _ESCAPE.finditer(body))):
+        raise ApiError(400, "the body holds half a surrogate pair (\\ud800 to \\udfff)")
     if body.count(b"{") + body.count(b"[") <= max_depth:
         return
     if any(depth > max_depth for depth in _depths(body)):
@@ -251,6 +256,10 @@ def _depths(body: bytes) -> Iterable[int]:
     """Depth after each bracket that stands outside of a string."""
     brackets = _STRING.sub(b"", body).translate(None, _NOT_BRACKET)
     return accumulate(map(_STEP.__getitem__, brackets))
+
+
+def _half(escape: re.Match[bytes]) -> bool:
+    return escape[1] is not None
 
 
 def _secret(headers: Headers) -> str | None:

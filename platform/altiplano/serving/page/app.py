@@ -19,7 +19,7 @@ from altiplano.serving.page.arena_tab import ArenaTab
 from altiplano.serving.page.chat_tab import ChatTab
 from altiplano.serving.page.client import Service, ServiceError
 from altiplano.serving.page.completion_tab import CompletionTab
-from altiplano.serving.page.panel import Panel
+from altiplano.serving.page.panel import Panel, line
 from altiplano.serving.page.shield import Shield
 
 _VISITORS = 256
@@ -32,8 +32,13 @@ _CSS = """
 #title h1 { font-size: 1.25rem; margin: 0.25rem 0 0; }
 #chat-box, #arena-box-left, #arena-box-right { border: 1px solid var(--border-color-primary);
   border-radius: var(--radius-lg); }
-#status textarea, #arena-note textarea, #completion-note textarea { border: none; padding: 0;
-  background: none; box-shadow: none; color: var(--body-text-color-subdued); }
+/* The framework's own bin would clear what is shown, not what is remembered. */
+button[aria-label="Clear"] { display: none; }
+.thought-group { border: none !important; background: none !important; padding: 0 !important; }
+.thought-group .arrow { display: none; }
+.message-markdown-disabled .md { white-space: pre-wrap; overflow-wrap: anywhere; }
+.line, .line * { border: none !important; background: none !important; box-shadow: none !important;
+  padding: 0 !important; }
 """
 
 
@@ -87,9 +92,7 @@ class Page:
 def _draw(service: Service, votes: Votes) -> gr.Blocks:
     with gr.Blocks(title="Altiplano", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown("# Altiplano", elem_id="title")
-        status = gr.Textbox(
-            show_label=False, container=False, interactive=False, visible=False, elem_id="status"
-        )
+        status = line("status", visible=False)
         with gr.Row():
             # First here, because the tabs need it, and last in the look (see the CSS).
             with gr.Column(scale=1, min_width=260, elem_id="panel"):

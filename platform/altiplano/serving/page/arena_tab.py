@@ -21,6 +21,7 @@ from altiplano.serving.page.panel import (
     Turn,
     Wishes,
     chat_box,
+    line,
     question_box,
     shown,
     switch,
@@ -54,7 +55,7 @@ class Bout:
     def name(self, side: int) -> str:
         """What is said of a side's model."""
         hidden = self.blind and not self.voted
-        return f"**Model {'AB'[side]}**" + ("" if hidden else f": `{self.models[side]}`")
+        return f"Model {'AB'[side]}" + ("" if hidden else f": {self.models[side]}")
 
 
 class ArenaTab:
@@ -73,8 +74,8 @@ class ArenaTab:
             self._names, self._boxes = [], []
             for side in ("left", "right"):
                 with gr.Column(min_width=260):
-                    self._names.append(gr.Markdown(elem_id=f"arena-name-{side}"))
-                    self._boxes.append(chat_box(f"arena-box-{side}", "40vh"))
+                    self._names.append(line(f"arena-name-{side}"))
+                    self._boxes.append(chat_box(f"arena-box-{side}", "34vh"))
         with gr.Row(equal_height=True):
             self._question = question_box("arena-question")
             self._send = gr.Button(
@@ -88,9 +89,7 @@ class ArenaTab:
         with gr.Row():
             self._stop = gr.Button("Stop", interactive=False, min_width=80, elem_id="arena-stop")
             self._new = gr.Button("New round", min_width=80, elem_id="arena-new")
-        self._note = gr.Textbox(
-            show_label=False, container=False, interactive=False, elem_id="arena-note"
-        )
+        self._note = line("arena-note")
         self.table = gr.Dataframe(
             headers=["Model", "Rating", "± (95 %)", "Votes", "Won"],
             datatype="str",
@@ -120,13 +119,13 @@ class ArenaTab:
         """The table of ratings, as it is shown."""
         return [
             [
-                line.model,
-                f"{line.rating:.0f}",
-                f"{line.margin:.0f}",
-                str(line.votes),
-                f"{line.won:.0%}",
+                rating.model,
+                f"{rating.rating:.0f}",
+                f"{rating.margin:.0f}",
+                str(rating.votes),
+                f"{rating.won:.0%}",
             ]
-            for line in table(self._votes.read())
+            for rating in table(self._votes.read())
         ]
 
     async def _ask(

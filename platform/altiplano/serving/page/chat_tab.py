@@ -39,9 +39,9 @@ class ChatTab:
                 "Send", variant="primary", scale=1, min_width=80, elem_id="chat-send"
             )
         with gr.Row():
-            self._stop = gr.Button("Stop", interactive=False, min_width=80, elem_id="chat-stop")
-            self._again = gr.Button("Regenerate", min_width=80, elem_id="chat-again")
-            self._clear = gr.Button("Clear", min_width=80, elem_id="chat-clear")
+            self._stop = gr.Button("Stop", interactive=False, min_width=100, elem_id="chat-stop")
+            self._again = gr.Button("Regenerate", min_width=100, elem_id="chat-again")
+            self._clear = gr.Button("Clear", min_width=100, elem_id="chat-clear")
         self._wire(panel)
 
     def _wire(self, panel: Panel) -> None:
@@ -78,9 +78,10 @@ class ChatTab:
         if not question.strip():
             yield {self._turns: turns}
             return
-        yield {self._question: ""}
+        emptied = {self._question: ""}
         async for update in self._answer([*turns, Turn(question)], model, Wishes(*wishes)):
-            yield update
+            yield emptied | update
+            emptied = {}
 
     async def _ask_again(
         self, turns: list[Turn], model: str | None, *wishes: Any

@@ -6,16 +6,20 @@ into the headers of that visitor's requests and nowhere else. Costs one HTTP con
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
-from openai import APIConnectionError, APIStatusError, AsyncOpenAI, OpenAIError
+from openai import (
+    APIConnectionError,
+    APIStatusError,
+    AsyncOpenAI,
+    DefaultAsyncHttpxClient,
+    OpenAIError,
+)
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_TIMEOUT = httpx.Timeout(600, connect=10)
 _NOBODY = "none"
 _LOOK_S = 0.08
 _PULSE_S = 1.0
@@ -74,7 +78,7 @@ class Answer:
             return f"stopped after {self.seconds:.1f} s"
         if not self.done or not self.tokens:
             return ""
-        parts = [f"{self.tokens} tokens"]
+        parts = [f"{self.tokens} token{'s' * (self.tokens != 1)}"]
         # The first token's time is the prompt's, so the rate is that of the others.
         first = self.first_s or 0.0
         spread = self.seconds - first
@@ -125,13 +129,7 @@ class Service:
             base_url=api_url.rstrip("/").removesuffix("/v1") + "/v1",
             api_key=_NOBODY,
             max_retries=0,
-            timeout=_TIMEOUT,
-            http_client=httpx.AsyncClient(
-                trust_env=not loopback,
-                verify=not loopback,
-                timeout=_TIMEOUT,
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
-            ),
+            http_client=DefaultAsyncHttpxClient(trust_env=not loopback, verify=not loopback),
         )
 
     async def models(self, key: str) -> list[str]:
@@ -142,7 +140,7 @@ class Service:
         """
         try:
             names = [model.id async for model in self._as(key).models.list()]
-        except (OpenAIError, httpx.HTTPError) as error:
+        except OpenAIError as error:
             raise ServiceError(_one_line(error)) from None
         if not names:
             raise ServiceError("the service offers no model")
@@ -166,7 +164,7 @@ class Service:
                 await _whole(client, question, into)
             else:
                 await _streamed(client, question, into)
-        except (OpenAIError, httpx.HTTPError) as error:
+        except OpenAIError as error:
             into.error = _one_line(error)
         except ServiceError as error:
             into.error = str(error)
@@ -178,7 +176,7 @@ class Service:
 
     def _as(self, key: str) -> AsyncOpenAI:
         key = key.strip()
-        if not (key.isascii() and (key.isprintable())) or " " in key:
+        if not (key.isascii() and key.isprintable()) or " " in key:
             raise ServiceError("this is no API key: keys have ASCII letters, digits and signs only")
         return self._client.with_options(api_key=key or _NOBODY)
 
@@ -193,7 +191,7 @@ class ServiceError(Exception):
 
 async def watch(
     service: Service, key: str, asked: Iterable[tuple[Question, Answer]]
-) -> AsyncIterator[None]:
+) -> AsyncGenerator[None]:
     """Answer all questions at once; yield, some times a second, when there is more to show.
 
     Closing the iterator abandons what is not complete. It yields every second even where nothing
@@ -282,14 +280,13 @@ def _count(reply: Any, into: Answer) -> None:
         into.acceptance = draft["accepted"] / draft["proposed"]
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, APIConnectionError | httpx.HTTPError):
+def _one_line(error: OpenAIError) -> str:
+    if isinstance(error, APIConnectionError):
         return f"the service does not answer ({type(error.__cause__ or error).__name__}): try again"
-    message = getattr(error, "message", "") or str(error)
+    # What the service itself says; the library's own text quotes the whole reply.
     body = getattr(error, "body", None)
-    if isinstance(body, dict) and isinstance(body.get("message"), str):
-        message = body["message"]
-    line = " ".join(message.split())
+    said = body.get("message") if isinstance(body, dict) else None
+    line = " ".join(str(said or error).split())
     if isinstance(error, APIStatusError):
         if error.status_code == 401:
             return f"the service asks for a valid API key: type yours under Settings ({line})"

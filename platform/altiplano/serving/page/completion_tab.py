@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from altiplano.serving.page.client import Answer, Question, Service, watch
-from altiplano.serving.page.panel import NO_MODEL, Panel, Wishes, switch
+from altiplano.serving.page.panel import NO_MODEL, Panel, Wishes, line, switch
 
 Update = dict[Any, Any]
 
@@ -34,9 +34,7 @@ class CompletionTab:
             interactive=False,
             elem_id="completion-result",
         )
-        self._note = gr.Textbox(
-            show_label=False, container=False, interactive=False, elem_id="completion-note"
-        )
+        self._note = line("completion-note")
         self._wire(panel)
 
     def _wire(self, panel: Panel) -> None:

@@ -4,6 +4,7 @@ Knows the framework's components, not what a tab does with them. Costs nothing p
 text it sends to the browser: each update is the difference to the last.
 """
 
+import html
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,7 +116,8 @@ def chat_box(name: str, height: str) -> gr.Chatbot:
         container=False,
         render_markdown=False,
         latex_delimiters=[],
-        buttons=["copy"],
+        # Its copy button would copy the escaped text.
+        buttons=[],
         allow_file_downloads=False,
         layout="bubble",
     )
@@ -125,12 +127,26 @@ def question_box(name: str) -> gr.Textbox:
     """The box a question is typed into."""
     return gr.Textbox(
         show_label=False,
-        placeholder="Ask something (Shift+Enter: new line)",
+        placeholder="Ask something",
         lines=1,
         max_lines=8,
         scale=8,
         min_width=200,
         elem_id=name,
+    )
+
+
+def line(name: str, visible: bool = True) -> gr.Textbox:
+    """A line of text that is read, not written."""
+    return gr.Textbox(
+        show_label=False,
+        container=False,
+        interactive=False,
+        visible=visible,
+        lines=1,
+        max_lines=4,
+        elem_id=name,
+        elem_classes="line",
     )
 
 
@@ -158,8 +174,10 @@ def shown(turns: list[Turn]) -> list[Message]:
 
 
 def _message(role: str, text: str, title: str | None = None) -> Message:
-    # Given as a plain string, the framework would remove the text's indentation.
-    message: Message = {"role": role, "content": [{"type": "text", "text": text}]}
+    # Even without Markdown the framework's box reads its text as HTML; and given as a plain string,
+    # it would remove the text's indentation.
+    content = {"type": "text", "text": html.escape(text, quote=False)}
+    message: Message = {"role": role, "content": [content]}
     if title is not None:
-        message["metadata"] = {"title": title}
+        message["metadata"] = {"title": title, "status": "done"}
     return message

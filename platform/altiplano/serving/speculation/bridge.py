@@ -18,7 +18,6 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from altiplano.config.serving import EngineSettings
 from altiplano.serving.speculation.channel import Drafts, Report
 
 _log = logging.getLogger(__name__)
@@ -118,26 +117,22 @@ class Bridge:
     def __init__(
         self,
         model_name: str,
-        entry: EngineSettings,
-        metrics: Metrics | None = None,
+        metrics: Metrics,
         read_notices: Notices | None = None,
     ) -> None:
         """Open the socket, in a directory only this user can enter.
 
         Args:
-            model_name: the model whose drafts it looks for, on the board under
-                `draft/<model name>`.
-            entry: it looks only with `draft.placement` `replica`.
-            metrics: Ray's by default, which needs a process connected to Ray.
-            read_notices: gives the notices by name, each with the `address` of a draft; the
-                board's by default. Called in a thread.
+            model_name: for messages.
+            metrics: where the counters go.
+            read_notices: gives the notices by name, each with the `address` of a draft
+                (`drafts_on_board`); called in a thread. None where the draft runs in the engine.
         """
         self.counts = Report()
         """The engine's latest totals."""
         self._model_name = model_name
-        self._metrics = metrics or RayMetrics(model_name)
-        self._looks = entry.draft.placement == "replica"
-        self._read_notices = read_notices or _drafts_on_board(model_name)
+        self._metrics = metrics
+        self._read_notices = read_notices
         self._directory = Path(tempfile.mkdtemp(prefix="altiplano-draft-"))
         self.channel = f"ipc://{self._directory / 'link'}"
         """Address for `channel.Link`."""
@@ -151,7 +146,7 @@ class Bridge:
     def start(self) -> None:
         """Begin, in the running event loop."""
         self._tasks = [asyncio.create_task(self._forever(self._take_report))]
-        if self._looks:
+        if self._read_notices is not None:
             self._tasks.append(asyncio.create_task(self._forever(self._tell_drafts)))
 
     def close(self) -> None:
@@ -172,6 +167,7 @@ class Bridge:
                 await asyncio.sleep(_LOOK_S)
 
     async def _tell_drafts(self) -> None:
+        assert self._read_notices is not None
         notices = await asyncio.to_thread(self._read_notices)
         addresses = sorted({notice["address"] for notice in notices.values()})
         with contextlib.suppress(zmq.Again):  # The engine is not up yet.
@@ -208,7 +204,8 @@ def export(metrics: Metrics, before: Report, report: Report) -> None:
         metrics.time(LATENCY, milliseconds)
 
 
-def _drafts_on_board(model_name: str) -> Notices:
+def drafts_on_board(model_name: str) -> Notices:
+    """Reads a model's notices under `draft/<model_name>`, in a process connected to Ray."""
     from altiplano.serving import board
 
     return lambda: board.read(f"draft/{model_name}", _FRESH_S)

@@ -97,7 +97,7 @@ class Sequence:
     """Turn in which it was last asked for; it stays for the whole turn."""
     names: list[int] = field(default_factory=list)
 
-    def append(self, tokens: Rows[int]) -> None:
+    def append(self, tokens: Rows[int] | Ids) -> None:
         """The target has made these; guesses that were right stay, with all that follows them."""
         new = np.asarray(tokens, dtype=np.int32)
         end = self.length + len(new)

@@ -295,6 +295,7 @@ class RemoteDraft:
                 self._count_ahead(row, tokens)
         if short:
             sent = self._send(lines, short, digesting=False)
+            # Who was guessed ahead is only told of, so that the draft goes on from there.
             if any(found[index] is None for index, _ in short) and self._wait(sent):
                 assert sent.guesses is not None
                 for (index, _), tokens in zip(short, sent.guesses, strict=True):
@@ -315,9 +316,6 @@ class RemoteDraft:
         assert self._connection is not None
         self._step += 1
         rows = [row for _, row in asked]
-        if digesting:
-            for row in rows:
-                row.k = 0
         sent = _Sent([lines[index].now for index, _ in asked], rows, monotonic(), digesting)
         self._sent[self._step] = sent
         if len(self._sent) > _REMEMBERED_ASKS:

@@ -149,18 +149,22 @@ class Drafter:
             Per row at most `k` tokens: none while its prompt is being read (ask on), fewer at the
             end of the context.
         """
-        works = self.take_up(rows, owner)
+        works = self.take_up([(owner, rows)])[0]
         self.finish(works)
         return [work.guess() for work in works]
 
-    def take_up(self, rows: Rows[Row], owner: str = "") -> list[Work]:
-        """Bring the sequences of the rows up to date; computes nothing yet."""
+    def take_up(self, asks: Rows[tuple[str, Rows[Row]]]) -> list[list[Work]]:
+        """Bring the sequences of several owners' rows up to date; computes nothing yet.
+
+        What is taken up together is not evicted for each other's sake.
+        """
         self._cache.turn += 1
-        works = [self._take_up(row, owner) for row in rows]
+        taken = [[self._take_up(row, owner) for row in rows] for owner, rows in asks]
+        works = [work for ask in taken for work in ask]
         self.counts.rows += len(works)
         self.counts.missing += sum(work.missing for work in works)
         self.counts.evictions = self._cache.evictions
-        return works
+        return taken
 
     def finish(self, works: Rows[Work]) -> None:
         """Draft until each row has its k tokens or must wait for its prompt to be read."""
@@ -172,19 +176,17 @@ class Drafter:
             self._pass(ready)
             ready = [sequence for sequence in ready if sequence.known < goals[sequence]]
 
-    def draft_ahead(self, works: Rows[Work]) -> bool:
-        """One pass of guessing beyond the k tokens, for `Work.ahead`.
+    def draft_ahead(self, works: Rows[Work]) -> None:
+        """One pass of guessing beyond the k tokens, for `Work.ahead`; repeat it while `lacks`.
 
-        When what it assumes comes true, the next `propose` is free; else nothing is lost.
-
-        Returns:
-            Whether there is more to do.
+        If what it assumes comes true, the next `propose` is free; else nothing is lost.
         """
-        goals = self._goals(works, ahead=True)
-        ready = [sequence for sequence in goals if _behind(sequence) <= 2]
-        if ready:
+        if ready := self._ready_ahead(works):
             self._pass(ready)
-        return any(sequence.known < goals[sequence] for sequence in ready)
+
+    def lacks(self, works: Rows[Work]) -> bool:
+        """Whether `draft_ahead` has more to do for these rows."""
+        return bool(self._ready_ahead(works))
 
     def read_on(self) -> bool:
         """Read a part of a prompt that is waiting; False where none is."""
@@ -198,6 +200,9 @@ class Drafter:
         sequence = min(self._waiting, key=_behind)
         self._read(sequence, min(_behind(sequence) - 1, self._affordable(self._prefill_s)))
         return True
+
+    def _ready_ahead(self, works: Rows[Work]) -> list[Sequence]:
+        return [each for each in self._goals(works, ahead=True) if _behind(each) <= 2]
 
     def _take_up(self, row: Row, owner: str) -> Work:
         cache, total = self._cache, row.base_len + len(row.tokens)
@@ -213,7 +218,9 @@ class Drafter:
         sequence: Sequence | None
         if held is None:
             sequence = cache.new(row.tokens, owner, room)
-        elif held.used == cache.turn and held.length == total and held.ids[at:total].tolist() == new:
+        elif (
+            held.used == cache.turn and held.length == total and held.ids[at:total].tolist() == new
+        ):
             sequence, new = held, []
         elif held.used < cache.turn and held.length == at:
             sequence = held
@@ -277,7 +284,7 @@ class Drafter:
             count = 1
         # Who is one behind beside others two behind computes a token again, to the same values.
         states = self._forward(ordered, [sequence.known for sequence in ordered], count)
-        chosen: list[int] = self._llama.logits(states).argmax(dim=-1).tolist()
+        chosen: list[int] = self._llama.choose(states).tolist()
         for sequence, token in zip(ordered, chosen, strict=True):
             sequence.cached = sequence.known
             sequence.guess(token)

@@ -21,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from altiplano.errors import ModelError
 from altiplano.model.load import EMBEDDING, HEAD, read_config, weight_files
+from altiplano.serving.speculation.head import Head
 
 _ROTARY_KINDS = ("default", "linear", "llama3", "yarn")
 """Those whose frequencies do not depend on how long the text is."""
@@ -98,14 +99,19 @@ class Llama:
         # y = x / sqrt(mean(x^2) + eps) * w  is  x / sqrt(|x|^2 + n eps)  times  sqrt(n) w.
         self._norm_floor = torch.tensor(math.sqrt(shape.hidden * shape.eps), device=device)
 
-        def matrix(*names: str, norm: str | None = None, paired: tuple[int, ...] = ()) -> Tensor:
+        def joined(*names: str, norm: str | None = None, paired: tuple[int, ...] = ()) -> Tensor:
             parts = [stored[name].float() for name in names]
             for index in paired:
                 parts[index] = _pair_halves(parts[index], shape.head_dim)
-            joined = torch.cat(parts)
+            weight = torch.cat(parts)
             if norm is not None:
-                joined = joined * (stored[norm].float() * math.sqrt(shape.hidden))
-            return joined.t().to(device=device, dtype=dtype).contiguous()
+                weight = weight * (stored[norm].float() * math.sqrt(shape.hidden))
+            return weight
+
+        def matrix(*names: str, norm: str | None = None, paired: tuple[int, ...] = ()) -> Tensor:
+            weight = joined(*names, norm=norm, paired=paired).to(device=device, dtype=dtype)
+            # CPUs multiply one row faster by float32 columns, by bfloat16 rows.
+            return weight.t().contiguous() if dtype == torch.float32 else weight.t()
 
         self._layers = []
         for number in range(shape.layers):
@@ -124,7 +130,7 @@ class Llama:
             )
         self._embedding = stored[EMBEDDING].to(device=device, dtype=dtype)
         head = EMBEDDING if config.tie_word_embeddings or HEAD not in stored else HEAD
-        self._head = matrix(head, norm="model.norm.weight")
+        self._head = Head(joined(head, norm="model.norm.weight"), device=device, dtype=dtype)
         self._turns = _turns(config, shape.max_len).to(device)
 
     @torch.inference_mode()
@@ -137,7 +143,7 @@ class Llama:
             arena: [layers, 2, rows, head_dim]; a block of n tokens is kv_heads * n rows, by head.
 
         Returns:
-            [B, hidden]: the state of each row's last token, for `logits`.
+            [B, hidden]: the state of each row's last token, for `choose` or `logits`.
         """
         shape = self.shape
         states = functional.embedding(ids.flatten(), self._embedding).float()
@@ -160,7 +166,12 @@ class Llama:
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
         """Scores [B, vocab] of what comes after the states [B, hidden]."""
-        return torch.mm(self._norm(states), self._head)
+        return self._head.logits(self._norm(states))
+
+    @torch.inference_mode()
+    def choose(self, states: Tensor) -> Tensor:
+        """Ids [B] of what most likely comes after the states [B, hidden]."""
+        return self._head.best(self._norm(states))
 
     def _norm(self, states: Tensor) -> Tensor:
         """RMS norm without its weight and without the factor sqrt(hidden): both are folded in."""

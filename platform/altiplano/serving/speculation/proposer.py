@@ -1,9 +1,10 @@
 """What vLLM asks for proposals in every engine step (`custom_class`): our own draft.
 
-vLLM loads `Proposer` by name inside the engine's process. It decides by a `Policy` how many tokens
-to propose, asks a draft in this process or a replica, and counts what the target accepted. A draft
-can only cost time, never an answer: every error ends in a step without proposals. Knows neither Ray
-nor how drafts work. With the policy off a step costs about 10 microseconds.
+vLLM loads `Proposer` by name inside the engine's process; the work is `Speculation`'s. It lets a
+`Policy` decide how many tokens to propose, asks a draft in this process or a replica, and counts
+what the target accepted. A draft can only cost time, never an answer: every error ends in a step
+without proposals. Knows neither Ray nor how drafts work. With the policy off a step costs about 10
+microseconds.
 """
 
 import logging
@@ -97,110 +98,64 @@ class LocalDraft:
         """Nothing to let go of."""
 
 
-class Proposer:
-    """The object that vLLM's model runner calls `drafter`."""
+class Speculation:
+    """Asks a draft as often as a policy finds worth it, and counts what comes of it."""
 
-    def __init__(self, vllm_config: Any) -> None:
-        """Read `additional_config["altiplano_draft"]`; a draft in this process is loaded later.
-
-        Raises:
-            ValueError: the target is tensor-parallel, whose ranks would propose differently.
-        """
-        ranks = vllm_config.parallel_config.tensor_parallel_size
-        if ranks != 1:
-            raise ValueError(
-                f"this draft is for targets on one GPU, the target has {ranks}: set "
-                f"serve.draft.method=draft_model"
-            )
-        self._config: dict[str, Any] = vllm_config.additional_config["altiplano_draft"]
-        self._vllm = vllm_config
-        self._draft: Draft | None = None
-        settings = DraftSettings(**self._config["settings"])
-        most = vllm_config.speculative_config.num_speculative_tokens
-        self._start(
-            Policy(min(settings.tokens, most), settings.adaptive),
-            longest=vllm_config.model_config.max_model_len,
-            most=most,
-        )
-        self._link = Link(self._config["channel"], self.counts)
-        if self._config["placement"] == "replica":
-            self._draft = self._remote(settings)
-
-    @classmethod
-    def of_parts(cls, draft: Draft, policy: Policy, *, longest: int, most: int) -> "Proposer":
-        """One without vLLM and without a bridge.
+    def __init__(
+        self, draft: Draft, policy: Policy, counts: Report, *, longest: int, most: int
+    ) -> None:
+        """Nothing is asked yet.
 
         Args:
+            counts: totals are kept there.
             longest: tokens a sequence may have.
-            most: tokens vLLM verifies per row and step.
+            most: tokens the target verifies per row and step.
         """
-        proposer = cls.__new__(cls)
-        proposer._start(policy, longest, most)
-        proposer._draft = draft
-        return proposer
-
-    def _start(self, policy: Policy, longest: int, most: int) -> None:
-        self.counts = Report(accepted_at=[0] * most)
-        """Totals; the link sends them as they stand."""
+        self._draft = draft
         self._policy = policy
+        self.counts = counts
         self._longest = longest
         self._most = most
+        counts.accepted_at = [0] * most
         self._proposed: dict[int, int] = {}
         """Tokens proposed in the last step, by digest of the sequence."""
         self._lengths: set[int] = set()
         """Lengths of the rows after the last step."""
         self._steady = True
+        """Whether the last call's time was typical."""
         self._left_at = 0.0
         self._draft_s = 0.0
         self._logged_at = -_LOG_EVERY_S
 
-    def load_model(self, *_: object, **__: object) -> None:
-        """Called once by vLLM after the target is loaded; loads the draft that runs here."""
-        if self._config["placement"] != "engine":
-            return
-        from altiplano.serving.speculation.drafter import Drafter
-
-        settings = DraftSettings(**self._config["settings"])
-        drafter = Drafter(
-            Path(self._config["model"]),
-            device=str(self._vllm.device_config.device),
-            cache_gib=settings.cache_gib,
-            max_len=self._longest,
-        )
-        self._draft = LocalDraft(drafter, self._vllm.model_config.get_vocab_size())
-
     def propose(
         self,
-        sampled_token_ids: list[list[int]],
-        num_tokens_no_spec: npt.NDArray[np.int32],
-        token_ids_cpu: npt.NDArray[np.int32],
-        slot_mappings: object = None,
+        sampled: list[list[int]],
+        lengths: npt.NDArray[np.int32],
+        ids: npt.NDArray[np.int32],
     ) -> list[list[int]]:
         """Proposals for the next step.
 
         Args:
-            sampled_token_ids: per row what this step made; empty while its prompt is computed.
-            num_tokens_no_spec: [at least rows] length of each row, with what this step made.
-            token_ids_cpu: [at least rows, max_model_len] ids of each row.
-            slot_mappings: not used.
+            sampled: per row what this step made; empty while its prompt is computed.
+            lengths: [at least rows] length of each row, with what this step made.
+            ids: [at least rows, max_model_len] ids of each row.
 
         Returns:
             Per row at most `num_speculative_tokens` ids; empty where it is decoded plainly.
         """
         began = perf_counter()
         try:
-            proposals = self._step(sampled_token_ids, num_tokens_no_spec, token_ids_cpu, began)
+            proposals = self._step(sampled, lengths, ids, began)
         except Exception as error:
             self._report(error)
-            proposals = [[] for _ in sampled_token_ids]
+            proposals = [[] for _ in sampled]
         self._left_at = perf_counter()
         self._draft_s = self._left_at - began
         return proposals
 
     def close(self) -> None:
         """Let go of the draft."""
-        if self._draft is not None:
-            self._draft.close()
+        self._draft.close()
 
     def _step(
         self,
@@ -213,7 +168,7 @@ class Proposer:
         self._observe(sampled, lengths, list(lines.values()), began)
         proposals: list[list[int]] = [[] for _ in sampled]
         k = self.counts.tokens_per_step = min(self._policy.tokens(len(sampled)), self._most)
-        if not k or self._draft is None or not self._draft.ready():
+        if not k or not self._draft.ready():
             return proposals
         lines = lines or self._lines(sampled, lengths, ids)
         for line in lines.values():
@@ -252,8 +207,7 @@ class Proposer:
         if lines:
             proposed = [self._proposed.get(line.before, 0) for line in lines]
             accepted = [
-                min(count, len(line.fresh) - 1)
-                for count, line in zip(proposed, lines, strict=True)
+                min(count, len(line.fresh) - 1) for count, line in zip(proposed, lines, strict=True)
             ]
             self._count(proposed, accepted)
         self._proposed = {}
@@ -269,11 +223,9 @@ class Proposer:
         err where a new prompt is as long as an old row was; naming rows would cost ten times more.
         """
         after = lengths[: len(sampled)].tolist()
-        before, self._lengths = self._lengths, set(after)
-        return bool(after) and all(
-            fresh and length - len(fresh) in before
-            for fresh, length in zip(sampled, after, strict=True)
-        )
+        rows = list(zip(sampled, after, strict=True))
+        before, self._lengths = self._lengths, {length for fresh, length in rows if fresh}
+        return bool(rows) and all(fresh and length - len(fresh) in before for fresh, length in rows)
 
     def _count(self, proposed: list[int], accepted: list[int]) -> None:
         counts = self.counts
@@ -284,13 +236,6 @@ class Proposer:
             for position in range(count):
                 counts.accepted_at[position] += 1
 
-    def _remote(self, settings: DraftSettings) -> Draft:
-        from altiplano.serving.speculation.client import RemoteDraft
-
-        rows = self._vllm.model_config.get_vocab_size()
-        hello = Hello(VERSION, self._config["vocab_digest"], rows)
-        return RemoteDraft(hello, settings, self._link, self.counts, uuid.uuid4().hex)
-
     def _report(self, error: Exception) -> None:
         """Count an error of ours and log it, with its traceback, once a minute."""
         self._proposed = {}
@@ -299,3 +244,68 @@ class Proposer:
         if monotonic() - self._logged_at >= _LOG_EVERY_S:
             self._logged_at = monotonic()
             _log.error("speculation failed in this step, decoding plainly", exc_info=error)
+
+
+class Proposer:
+    """The object that vLLM's model runner calls `drafter`."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        """Read `additional_config["altiplano_draft"]`; nothing is loaded yet.
+
+        Raises:
+            ValueError: the target is tensor-parallel, whose ranks would propose differently.
+        """
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        if ranks != 1:
+            raise ValueError(
+                f"this draft is for targets on one GPU, the target has {ranks}: set "
+                f"serve.draft.method=draft_model"
+            )
+        self._config: dict[str, Any] = vllm_config.additional_config["altiplano_draft"]
+        self._settings = DraftSettings(**self._config["settings"])
+        self._vllm = vllm_config
+        self._speculation: Speculation | None = None
+
+    def load_model(self, *_: object, **__: object) -> None:
+        """Called once by vLLM after the target is loaded: load the draft, or look for replicas."""
+        counts = Report()
+        link = Link(self._config["channel"], counts)
+        is_replica = self._config["placement"] == "replica"
+        most = self._vllm.speculative_config.num_speculative_tokens
+        self._speculation = Speculation(
+            self._remote(link, counts) if is_replica else self._local(),
+            Policy(min(self._settings.tokens, most), self._settings.adaptive),
+            counts,
+            longest=self._vllm.model_config.max_model_len,
+            most=most,
+        )
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: npt.NDArray[np.int32],
+        token_ids_cpu: npt.NDArray[np.int32],
+        slot_mappings: object = None,
+    ) -> list[list[int]]:
+        """As `Speculation.propose`; called by name, once per engine step."""
+        assert self._speculation is not None, "vLLM loads before it asks"
+        return self._speculation.propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+
+    def _local(self) -> Draft:
+        from altiplano.serving.speculation.drafter import Drafter
+
+        config = self._vllm.model_config
+        drafter = Drafter(
+            Path(self._config["model"]),
+            device=str(self._vllm.device_config.device),
+            cache_gib=self._settings.cache_gib,
+            max_len=config.max_model_len,
+        )
+        return LocalDraft(drafter, config.get_vocab_size())
+
+    def _remote(self, link: Link, counts: Report) -> Draft:
+        from altiplano.serving.speculation.client import RemoteDraft
+
+        rows = self._vllm.model_config.get_vocab_size()
+        hello = Hello(VERSION, self._config["vocab_digest"], rows)
+        return RemoteDraft(hello, self._settings, link, counts, uuid.uuid4().hex)

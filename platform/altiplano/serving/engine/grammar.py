@@ -1,5 +1,0 @@
-"""placeholder"""
-
-
-def require_harmless(guided: dict[str, object]) -> None:
-    """x"""
