@@ -15,6 +15,8 @@ others go on. `--quick` takes tiny models and seconds, to see that it runs.
 
 import argparse
 import json
+import signal
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +41,8 @@ Row = dict[str, Any]
 def main() -> None:
     """Run the parts asked for, print their tables and write everything."""
     given = arguments()
+    # So that a bench that is ended takes its servers with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     given.folder.mkdir(parents=True, exist_ok=True)
     parts = list(PARTS) if given.part == "all" else [given.part]
     numbers: Row = {}

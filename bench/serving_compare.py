@@ -123,7 +123,7 @@ def ratios(rounds: list[Row], base: str) -> Row:
                     (mine, theirs)
                     for each in rounds
                     if (mine := number(each[name].get(what, {}), key))
-                    and (theirs := number(each[base].get(what, {}), key))
+                    and (theirs := number(each.get(base, {}).get(what, {}), key))
                 ]
                 if pairs:
                     ratio = statistics.median(mine / theirs for mine, theirs in pairs)

@@ -1,6 +1,7 @@
 """Serve one model by `ray.serve.llm` until Ctrl-C: the peer of `serving.py`, not for use alone.
 
-Its defaults that would be unfair are set: one ingress replica, no batching of streamed pieces.
+Run with direct streaming (`serving_servers.py` sets it), where the engine's replica is the ingress.
+Its default that would be unfair is set: streamed pieces are not batched.
 """
 
 import signal
@@ -28,9 +29,9 @@ def main() -> None:
         },
         experimental_configs={"stream_batching_interval_ms": 0},
     )  # fmt: skip
-    one = {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}}
-    application = build_openai_app({"llm_configs": [config], "ingress_deployment_config": one})
+    # First: building the application would start a cluster of its own kind.
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    application = build_openai_app({"llm_configs": [config]})
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
     serve.run(application)
     told = threading.Event()

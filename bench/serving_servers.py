@@ -148,7 +148,7 @@ def _running(
 ) -> Iterator[Server]:
     """Start a command, wait until its port answers, and end it with all its children."""
     environment = {**os.environ, **_ENVIRONMENT, **variables}
-    environment["PYTHONPATH"] = os.pathsep.join(["/tmp/h8/patch", str(ROOT / "platform"), str(ROOT)])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with log.open("wb") as out:

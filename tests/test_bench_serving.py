@@ -1,7 +1,9 @@
 """The load generator counts what a server really did, and the benches' arithmetic is right."""
 
 import asyncio
+import json
 import queue
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -166,3 +168,16 @@ def test_malformed_requests_repeat_and_find_a_server_that_breaks() -> None:
     with server(refused, refused, refused, broken) as url:
         seen = asyncio.run(serving_malformed.ask_all(load.Target(url, "m"), 40))
     assert seen["wrong"] == 10 and seen["statuses"] == {"400": 30, "500": 10}
+
+
+def test_the_gpu_bench_drafts_on_a_cpu(root: Path, tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    script = [sys.executable, "bench/gpu_serving.py", "--shape", "tiny", "--device", "cpu"]
+    done = subprocess.run(
+        [*script, "--output", str(output), "--only", "engine", "--callers", "2"],
+        cwd=root, timeout=200, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = json.loads(output.read_text())["rows"]["engine"]
+    assert row["2"]["tokens_per_s"] > 0, row
+    assert row["2"]["draft"]["acceptance"] > 0.5

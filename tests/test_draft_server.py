@@ -232,6 +232,7 @@ def test_a_replica_posts_its_address_and_takes_it_down(
 
     entry = ModelSettings(name="story", path="target", max_model_len=128).model_dump()
     deployment = serve.deployment(Draft, name="Draft-story", ray_actor_options={"num_cpus": 0.1})
+    serve.start(proxy_location="Disabled")
     try:
         serve.run(
             deployment.bind(entry, str(draft_dir), "127.0.0.1"), name="draft", route_prefix=None

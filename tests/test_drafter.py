@@ -186,9 +186,15 @@ def test_what_it_does_not_compute_is_refused(
         Drafter(tmp_path, cache_gib=0.01)
 
 
-def test_a_cache_too_small_for_one_sequence_is_refused(saved: tuple[Path, Reference]) -> None:
+def test_a_cache_too_small_is_refused_and_a_small_one_shortens(
+    saved: tuple[Path, Reference],
+) -> None:
     with pytest.raises(ServeError, match="cache_gib"):
         Drafter(saved[0], cache_gib=1e-6)
+    drafter = Drafter(saved[0], cache_gib=0.0002, dtype="float32", prefill_ms=UNHURRIED)
+    assert 64 <= drafter.max_tokens < MAX_LEN
+    text = [int(i * 7 % VOCAB) for i in range(drafter.max_tokens - 2)]
+    assert drafter.propose([whole(text, 4)])[0].tokens == saved[1](text, 2)
 
 
 Step = tuple[str, int, int, int]
@@ -203,7 +209,9 @@ Step = tuple[str, int, int, int]
     steps=st.lists(
         st.lists(
             st.tuples(
-                st.sampled_from(["accept", "reject", "all", "join", "leave", "twin", "again"]),
+                st.sampled_from(
+                    ["accept", "reject", "plain", "all", "join", "leave", "twin", "again"]
+                ),
                 st.integers(0, 3),
                 st.integers(0, VOCAB - 1),
                 st.integers(1, 5),
@@ -234,7 +242,7 @@ def test_any_history_is_answered_as_from_scratch(
             new = []
             if told:
                 right = saved[1](text, 5)
-                new = {"accept": right[:index], "all": right}.get(action, [])
+                new = {"accept": right[:index], "all": right, "plain": [token] * 3}.get(action, [])
                 new = new if action == "again" else [*new, (token + place) % VOCAB]
             if len(text) + len(new) > MAX_LEN:
                 texts[place] = (text[:10], False)
@@ -306,6 +314,13 @@ def test_twins_that_part_keep_what_they_had(
     assert drafter.counts.prefill_tokens == read
 
 
+def test_a_twin_may_stay_where_it_was(drafter: Drafter, saved: tuple[Path, Reference]) -> None:
+    text = list(range(40))
+    drafter.propose([whole(text, 2)])
+    guesses = drafter.propose([further(text, [], 2), further(text, [4], 2)])
+    assert [guess.tokens for guess in guesses] == [saved[1](text, 2), saved[1]([*text, 4], 2)]
+
+
 def test_a_long_prompt_does_not_hold_the_others_up(saved: tuple[Path, Reference]) -> None:
     drafter = Drafter(saved[0], cache_gib=0.01, dtype="float32", prefill_ms=0.0)
     short, long = [1, 2], list(range(90))
@@ -333,6 +348,7 @@ def test_who_floods_the_cache_floods_its_own_part(saved: tuple[Path, Reference])
     for token in range(VOCAB):
         drafter.propose([whole([token, 9, token], 1)], "flood")
     assert drafter.counts.evictions > 50
+    drafter.propose([whole([token, 8], 1) for token in range(40)], "flood")
     assert not drafter.propose([further(quiet, [4], 1)], "quiet")[0].missing
     assert drafter.propose([further([0, 9, 0], [4], 1)], "flood")[0].missing
 
@@ -343,10 +359,16 @@ def test_rows_beyond_the_cache_do_not_push_the_others_out(
     drafter = Drafter(saved[0], cache_gib=0.0003, dtype="float32", prefill_ms=UNHURRIED)
     texts = [[token, 5] for token in range(40)]
     first = drafter.propose([whole(text, 2) for text in texts])
-    held = [text for text, guess in zip(texts, first, strict=True) if guess.tokens]
-    assert 0 < len(held) < len(texts)
-    again = drafter.propose([further(text, [1], 2) for text in texts])
-    assert sum(bool(guess.tokens) for guess in again) == len(held)
+    held = [bool(guess.tokens) for guess in first]
+    assert 0 < sum(held) < len(texts)
+    again = drafter.propose(
+        [
+            further(text, [1], 2) if each else whole([*text, 1], 2)
+            for text, each in zip(reversed(texts), reversed(held), strict=True)
+        ]
+    )
+    assert sum(bool(guess.tokens) for guess in again) == sum(held)
+    assert not any(guess.missing for guess in again)
 
 
 @pytest.mark.parametrize(

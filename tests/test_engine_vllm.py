@@ -280,8 +280,8 @@ def test_a_dead_engine_is_told_to_its_jobs_and_to_later_ones(served: Served) -> 
     async def kill_after_one() -> int:
         steps = served.engine.generate(served.job(max_tokens=240, ignore_eos=True))
         made = len((await anext(steps)).tokens)
-        for pid in children_of(os.getpid()):
-            os.kill(pid, signal.SIGKILL)
+        [pid] = children_of(os.getpid())
+        os.kill(pid, signal.SIGKILL)
         with pytest.raises(EngineLost):
             async for step in steps:
                 made += len(step.tokens)
@@ -295,11 +295,14 @@ def test_a_dead_engine_is_told_to_its_jobs_and_to_later_ones(served: Served) -> 
 
 
 def children_of(pid: int) -> list[int]:
-    """Processes that run an engine core for this one."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    """Processes that run an engine core for this one, whichever of its threads started them."""
+    children = [
+        child
+        for file in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in file.read_text().split()
+    ]
     return [
-        int(each)
-        for each in children
-        if "EngineCore" in Path(f"/proc/{each}/comm").read_text()
-        or "EngineCore" in Path(f"/proc/{each}/cmdline").read_text()
+        int(child)
+        for child in children
+        if b"EngineCore" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]

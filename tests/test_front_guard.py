@@ -274,6 +274,17 @@ def test_nesting_is_counted_as_a_parser_would(value: Any, limit: int, ascii_only
         check_json(body, limit)
 
 
+@given(text=st.text(alphabet=st.characters(exclude_categories=[]), max_size=12))
+def test_half_a_surrogate_pair_is_refused_and_everything_else_is_not(text: str) -> None:
+    body = json.dumps(["\\ud800", text]).encode()
+    # Halves that stand together are a pair to a parser.
+    if any("\ud800" <= letter <= "\udfff" for letter in json.loads(body)[1]):
+        with pytest.raises(ApiError, match="half a surrogate pair"):
+            check_json(body, 3)
+    else:
+        check_json(body, 3)
+
+
 @given(body=st.binary(max_size=60) | st.text('[]{}"\\', max_size=60).map(str.encode))
 def test_any_bytes_are_either_refused_or_passed_on(body: bytes) -> None:
     try:

@@ -143,7 +143,9 @@ def click(driver: "Chrome", name: str) -> None:
     """Click a button once it is usable."""
     wait(lambda: find(driver, name).is_enabled(), f"#{name} is usable")
     button = find(driver, name)
-    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
+    driver.execute_script(
+        "arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button
+    )
     button.click()
 
 

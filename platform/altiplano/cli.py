@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,13 +111,24 @@ def serve_key(
     file: Annotated[Path, typer.Argument(help="Key file; made where there is none.")],
     name: Annotated[str, typer.Argument(help="Whose key it is; names, not secrets, are logged.")],
     admin: Annotated[bool, typer.Option(help="May read /metrics and load adapters.")] = False,
-    requests: Annotated[int | None, typer.Option(help="Requests per minute.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens per minute.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests per minute.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per minute.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="May use; again for more.")] = None,
+    expires: Annotated[datetime | None, typer.Option(help="In UTC.")] = None,
 ) -> None:
-    """Make an API key for the service (serve.keys.file)."""
-    from altiplano import commands
+    """Make an API key for the service (serve.keys.file); it is shown once."""
+    from altiplano.serving.front.keys import add_key
 
-    commands.serve_key(file, name, admin=admin, requests=requests, tokens=tokens)
+    secret = add_key(
+        file,
+        name,
+        admin=admin,
+        requests_per_minute=requests,
+        tokens_per_minute=tokens,
+        models=model or None,
+        expires=expires.replace(tzinfo=UTC) if expires else None,
+    )
+    print(secret)
 
 
 @app.command()

@@ -77,21 +77,6 @@ def serve(target: Path, overrides: list[str], *, address: str | None) -> None:
         serve_until_interrupted(service)
 
 
-def serve_key(
-    file: Path, name: str, *, admin: bool, requests: int | None, tokens: int | None
-) -> None:
-    """Make an API key, add its hash to the key file and print the key, once."""
-    from altiplano.serving.front.keys import add_key
-
-    secret = add_key(
-        file, name, admin=admin, requests_per_minute=requests, tokens_per_minute=tokens
-    )
-    console.print(
-        f"added {name} to {file}; the key is shown this once:", markup=False, highlight=False
-    )
-    print(secret)
-
-
 def _served(target: Path, overrides: list[str]) -> tuple[Config | ServeOnly, Path]:
     """Settings and place of what is to be served."""
     if target.suffix in (".yaml", ".yml"):

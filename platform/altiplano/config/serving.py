@@ -81,7 +81,7 @@ class EngineSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type the engine computes in."""
     quantization: Literal["none", "4bit", "8bit"] = "none"
-    """Weights in 4 or 8 bits (bitsandbytes, on GPUs)."""
+    """Weights in 4 or 8 bits while loading (MXFP4, FP8; on GPUs, from 16-bit weights)."""
     enforce_eager: bool = True
     """Start quickly without compiling; set false for long-lived services."""
     max_adapters: int = Field(0, ge=0)
@@ -107,6 +107,11 @@ class EngineSettings(Section):
             problems.append(
                 f"`draft.placement: replica` is not built for tensor-parallel targets "
                 f"(`gpus_per_replica` is {self.gpus_per_replica}): use `engine` or `none`"
+            )
+        if self.draft.method == "drafter" and self.gpus_per_replica > 1:
+            problems.append(
+                f"`draft.method: drafter` is not built for tensor-parallel targets "
+                f"(`gpus_per_replica` is {self.gpus_per_replica}): use `draft_model`"
             )
         if self.max_adapters and self.task == "embed":
             problems.append("`max_adapters` is for `task: generate`")

@@ -68,7 +68,9 @@ def build_page(api_url: str, votes: Path) -> "Application":
     page = serve.deployment(serve.ingress()(Page)).options(
         name="Page",
         num_replicas=1,
-        max_ongoing_requests=256,
+        # Every open tab holds a request or two, and none of them is worth waiting for at the end.
+        max_ongoing_requests=1024,
+        graceful_shutdown_timeout_s=2,
         ray_actor_options={"num_cpus": 0},
         max_constructor_retry_count=1,
     )

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from altiplano.serving.engine.arguments import explain_shortage
+
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
 
@@ -63,5 +65,5 @@ def engine_error(since: float, logs: Path) -> str | None:
         engine = [line for line in lines if line.startswith("(EngineCore")]
         errors = [found[1] for line in engine if (found := _ERROR.search(line))]
         if errors:
-            return errors[-1][:_MAX_CHARACTERS]
+            return explain_shortage("\n".join(engine)) or errors[-1][:_MAX_CHARACTERS]
     return None

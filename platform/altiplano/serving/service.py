@@ -21,6 +21,7 @@ from altiplano.serving import metrics
 from altiplano.serving.app import needed_resources
 from altiplano.serving.check import Part
 from altiplano.serving.failure import describe_failure, log_folder
+from altiplano.serving.target import machines, require_reachable
 
 APPLICATION = "altiplano"
 """Name of the Serve application."""
@@ -103,6 +104,7 @@ def start(section: ServeSection, parts: list[Part], *, may_grow: bool = False) -
     started = time.monotonic()
     _require_idle_cluster()
     require_free_port(section.host, section.port)
+    require_reachable(section.data_host, machines())
     _require_resources(section, parts, may_grow)
     names = tuple(part.entry.name for part in parts)
     earlier = frozenset(replica for name in names for replica in metrics.read_counts(name))

@@ -24,6 +24,7 @@ QUIET = {
 }
 """Environment of a process that imports vLLM, and of the engine's own processes."""
 
+_MAX_LOGPROBS = 64
 _PROPOSER = "altiplano.serving.speculation.proposer.Proposer"
 _CPU_WORKER = "altiplano.serving.engine.worker.ExactCpuWorker"
 _QUANTIZATION = {"8bit": "fp8_per_channel", "4bit": "mxfp4"}
@@ -57,6 +58,8 @@ def engine_arguments(
         "tensor_parallel_size": max(1, entry.gpus_per_replica),
         # Ray's own executor would want a placement group; the GPUs are the replica's already.
         "distributed_executor_backend": "mp",
+        # What a request may ask for, and what a beam of the widest kind needs beside.
+        "max_logprobs": _MAX_LOGPROBS,
         "enable_prefix_caching": entry.task == "generate",
         "trust_remote_code": False,
         "disable_log_stats": False,
@@ -150,12 +153,9 @@ def _draft_arguments(
             "altiplano_draft": {
                 "placement": draft.placement,
                 "model": str(draft_dir),
-                "target": str(model_dir),
                 "settings": draft.model_dump(),
                 "channel": channel,
                 "vocab_digest": vocab_digest(model_dir),
-                "max_model_len": entry.max_model_len,
-                "threads": max(1, int(entry.cpus_per_replica)),
             }
         },
     }

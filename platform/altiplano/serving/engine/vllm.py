@@ -62,27 +62,31 @@ class VllmEngine:
         self._vllm: AsyncLLM | None = None
 
     async def start(self) -> None:
-        """Load the model. Holds the event loop meanwhile: there is nothing to do before.
+        """Load the model, in a thread: Serve may want the replica to stop meanwhile.
 
         Raises:
             ServeError: no room for the KV cache, or vLLM refuses the model.
         """
         try:
-            config = AsyncEngineArgs(**self._arguments).create_engine_config()
-            require_cache(self._entry, config)
-            self._vllm = AsyncLLM(
-                vllm_config=config,
-                executor_class=Executor.get_class(config),
-                log_stats=True,
-                log_requests=False,
-                stat_loggers=[RayPrometheusStatLogger],
-            )
-            # vLLM asks the environment anew for every token: a quarter of this process' work.
-            enable_envs_cache()
+            self._vllm = await asyncio.to_thread(self._load)
         except ServeError:
             raise
         except (ValueError, RuntimeError) as error:
             raise ServeError(f"vLLM cannot serve {self._model_dir}: {error}") from error
+
+    def _load(self) -> AsyncLLM:
+        config = AsyncEngineArgs(**self._arguments).create_engine_config()
+        require_cache(self._entry, config)
+        engine = AsyncLLM(
+            vllm_config=config,
+            executor_class=Executor.get_class(config),
+            log_stats=True,
+            log_requests=False,
+            stat_loggers=[RayPrometheusStatLogger],
+        )
+        # vLLM asks the environment anew for every token: a quarter of this process' work.
+        enable_envs_cache()
+        return engine
 
     async def generate(self, job: Job) -> AsyncGenerator[Step, None]:
         """Answer a job; see `base.Engine`."""

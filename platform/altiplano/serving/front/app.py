@@ -5,6 +5,7 @@ not what is done there. Imports neither torch nor vLLM; a replica starts in two 
 """
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from altiplano.serving.front.embeddings import embed
 from altiplano.serving.front.errors import ApiError, install_handlers
 from altiplano.serving.front.guard import Guard
 from altiplano.serving.front.keys import KeyRing
+from altiplano.serving.front.logs import write_logs
 from altiplano.serving.front.models import HandleClient, open_model
 from altiplano.serving.front.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from altiplano.serving.front.state import FrontState
@@ -198,7 +200,9 @@ class Front:
             drafts: handles of `Draft` deployments: bound here so that Serve starts them.
         """
         from altiplano.serving import metrics
+        from altiplano.serving.failure import log_folder
 
+        write_logs(log_folder() / "serve" / f"altiplano_front_{os.getpid()}.log")
         settings = ServeSection.model_validate(section)
         inbox = Inbox.open(settings.data_host)
         served = []

@@ -14,6 +14,7 @@ from typing import Any
 from starlette.requests import Request
 
 from altiplano.serving.front.answer import Answer, Wish
+from altiplano.serving.front.beam import search_answers
 from altiplano.serving.front.errors import ApiError
 from altiplano.serving.front.generation import answers, generate, new_id
 from altiplano.serving.front.keys import Caller
@@ -51,10 +52,8 @@ class Asked:
         """A fresh answer for job `index`."""
         return Answer(index, self.model.codec, self.jobs[index].prompt, self.wish)
 
-    async def steps(
-        self, answer: Answer, *, streamed: bool
-    ) -> AsyncGenerator[tuple[str, Step], None]:
-        """Run an answer's job to its end: each step, and the text that it made sure.
+    async def steps(self, answer: Answer, *, streamed: bool) -> AsyncGenerator[str, None]:
+        """Run an answer's job to its end: for each step the text that it made sure.
 
         Whatever ends it, its tokens are counted once.
 
@@ -72,11 +71,28 @@ class Asked:
                     if step.tokens:
                         last_s = time.monotonic() - self.arrived
                         first_s = last_s if first_s is None else first_s
-                    yield answer.add(step), step
+                    yield answer.add(step)
                     if answer.finish is not None:
                         return
         finally:
             self._count(answer, len(job.prompt), first_s, last_s)
+
+    async def beams(self, body: ChatRequest | CompletionRequest) -> list[Answer]:
+        """The answers of a beam search, best first."""
+        answers = [self.answer(index) for index in range(len(self.jobs))]
+        telemetry = self.state.telemetry
+        for _ in answers:
+            telemetry.began(self.model.name)
+        found: list[Step] = []
+        try:
+            found = await search_answers(self.model, self.jobs[0], body)
+            for answer, step in zip(answers, found, strict=False):
+                answer.add(step)
+        finally:
+            seconds = time.monotonic() - self.arrived if found else None
+            for answer in answers:
+                self._count(answer, len(self.prompts[0]), seconds, seconds)
+        return answers[: len(found)]
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far, as OpenAI counts them: each prompt once."""

@@ -17,25 +17,27 @@ from altiplano.serving.front.answer import Answer
 from altiplano.serving.front.asking import Asked, ask, encode, open_request
 from altiplano.serving.front.forms import ChatForm, CompletionForm, Form
 from altiplano.serving.front.generation import new_id
+from altiplano.serving.front.guided import guidance
 from altiplano.serving.front.schemas import ChatRequest, CompletionRequest
 from altiplano.serving.front.sse import Chunks, EventStream, while_connected
 from altiplano.serving.front.state import FrontState
 from altiplano.serving.front.together import gathered, merged
+from altiplano.serving.front.tools import conversation, read_tools
 
 
 async def chat(state: FrontState, request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
     opened = open_request(state, request, body.model, "generate")
     codec = opened[1].codec
-    messages = [message.for_template() for message in body.messages]
-    text = codec.render(messages, add_generation_prompt=body.add_generation_prompt)
+    tools = read_tools(body)
+    source = codec.template.source if codec.template is not None else ""
+    messages, variables = conversation(body, source, codec.clean)
+    variables["add_generation_prompt"] = body.add_generation_prompt
     # The template writes BOS itself, as in training.
-    prompt = await encode(codec, text, add_bos=False)
-    asked = ask(state, opened, body, [prompt], None)
-    form = ChatForm(asked, body)
-    if body.stream:
-        return _stream(asked, body, form)
-    return await while_connected(request.receive, _whole(asked, form))
+    prompt = await encode(codec, codec.render(messages, **variables), add_bos=False)
+    guided = guidance(body, state.limits, tools.guided if tools is not None else None)
+    asked = ask(state, opened, body, [prompt], guided)
+    return await _respond(request, asked, body, ChatForm(asked, body, tools))
 
 
 async def complete(state: FrontState, request: Request, body: CompletionRequest) -> Response:
@@ -48,24 +50,17 @@ async def complete(state: FrontState, request: Request, body: CompletionRequest)
         else prompt
         for prompt in body.prompts
     ]
-    asked = ask(state, opened, body, prompts, None)
-    form = CompletionForm(asked, body)
+    asked = ask(state, opened, body, prompts, guidance(body, state.limits))
+    return await _respond(request, asked, body, CompletionForm(asked, body))
+
+
+async def _respond(
+    request: Request, asked: Asked, body: ChatRequest | CompletionRequest, form: Form
+) -> Response:
     if body.stream:
         return _stream(asked, body, form)
-    return await while_connected(request.receive, _whole(asked, form))
-
-
-async def _whole(asked: Asked, form: Form) -> Response:
-    """All answers in one response."""
-    answers = [asked.answer(index) for index in range(len(asked.jobs))]
-
-    async def run(answer: Answer) -> None:
-        steps = asked.steps(answer, streamed=False)
-        async with aclosing(steps):
-            async for _ in steps:
-                pass
-
-    await gathered([run(answer) for answer in answers])
+    work = asked.beams(body) if body.use_beam_search else _answers(asked)
+    answers = await while_connected(request.receive, work)
     content = {
         **_shared(asked, form, form.kind),
         **form.beside(),
@@ -73,6 +68,18 @@ async def _whole(asked: Asked, form: Form) -> Response:
         "usage": asked.usage(),
     }
     return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+async def _answers(asked: Asked) -> list[Answer]:
+    """All answers, whole."""
+
+    async def run(answer: Answer) -> Answer:
+        async with aclosing(asked.steps(answer, streamed=False)) as steps:
+            async for _ in steps:
+                pass
+        return answer
+
+    return await gathered([run(asked.answer(index)) for index in range(len(asked.jobs))])
 
 
 def _stream(asked: Asked, body: ChatRequest | CompletionRequest, form: Form) -> Response:
@@ -87,38 +94,26 @@ async def _events(
     asked: Asked, form: Form, chunks: Chunks, answer: Answer
 ) -> AsyncGenerator[bytes, None]:
     """One answer's events: one per step that made text, or anything else that is wanted."""
-    opening: bytes | None = None
-    steps = asked.steps(answer, streamed=True)
-    since = 0
-    async with aclosing(steps):
-        async for piece, _ in steps:
-            if opening is None:
-                opening = form.opening(chunks, answer)
-                head = opening
-            else:
-                head = b""
-            if form.plain and answer.finish is None:
-                if piece or head:
-                    yield head + (chunks.piece(answer.index, piece) if piece else b"")
-                continue
-            yield head + chunks.full(
-                answer.index,
-                piece,
-                logprobs=form.logprobs(answer, since),
-                finish=answer.finish,
-                stop_reason=answer.stop_reason,
-                extra=form.ids(answer, since),
-            )
-            since = len(answer.ids)
+    began, since = False, 0
+    async with aclosing(asked.steps(answer, streamed=True)) as steps:
+        async for piece in steps:
+            event = b"" if began else form.opening(chunks, answer)
+            began = True
+            if not form.plain or answer.finish is not None:
+                event += form.event(chunks, answer, piece, since)
+                since = len(answer.ids)
+            elif piece:
+                event += chunks.piece(answer.index, piece)
+            if event:
+                yield event
 
 
 async def _joined(
     streams: Sequence[AsyncGenerator[bytes, None]], asked: Asked, usage: Chunks | None
 ) -> AsyncGenerator[bytes, None]:
     """Events of all answers as they come, then the count of tokens."""
-    source = merged(streams)
-    async with aclosing(source):
-        async for event in source:
+    async with aclosing(merged(streams)) as events:
+        async for event in events:
             yield event
     if usage is not None:
         yield usage.usage(asked.usage())

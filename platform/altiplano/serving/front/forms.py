@@ -8,8 +8,10 @@ from typing import Any
 
 from altiplano.serving.front.answer import Answer, Cursor, chat_logprobs, completion_logprobs
 from altiplano.serving.front.asking import Asked
+from altiplano.serving.front.calls import Reader
 from altiplano.serving.front.schemas import ChatRequest, CompletionRequest
 from altiplano.serving.front.sse import Chunks
+from altiplano.serving.front.tools import ToolUse
 
 
 class ChatForm:
@@ -19,10 +21,12 @@ class ChatForm:
     kind = "chat.completion"
     prefix = "chatcmpl"
 
-    def __init__(self, asked: Asked, body: ChatRequest) -> None:
+    def __init__(self, asked: Asked, body: ChatRequest, tools: ToolUse | None) -> None:
         self._asked = asked
         self._body = body
-        self.plain = not body.logprobs and not body.return_token_ids
+        self._tools = tools
+        self._readers: dict[int, Reader] = {}
+        self.plain = not body.logprobs and not body.return_token_ids and tools is None
         """Whether events are text and nothing else."""
 
     def opening(self, chunks: Chunks, answer: Answer) -> bytes:
@@ -32,6 +36,30 @@ class ChatForm:
             extra = {"prompt_token_ids": self._asked.prompts[0]}
         delta = {"delta": {"role": "assistant", "content": ""}}
         return chunks.change(answer.index, delta, extra=extra)
+
+    def event(self, chunks: Chunks, answer: Answer, piece: str, since: int) -> bytes:
+        """A step's event where it is more than a piece of text.
+
+        Args:
+            piece: the text that the step made sure.
+            since: number of the step's first token.
+        """
+        if self._tools is None:
+            return _event(self, chunks, answer, piece, since)
+        reader = self._reader(answer)
+        deltas = reader.feed(piece)
+        if answer.finish is not None:
+            deltas += reader.finish()
+        events = [chunks.change(answer.index, {"delta": delta}) for delta in deltas]
+        last: dict[str, Any] = {
+            "logprobs": self.logprobs(answer, since),
+            "finish": reader.finish_reason(answer.finish),
+            "stop_reason": answer.stop_reason,
+            "extra": self.ids(answer, since),
+        }
+        if last["logprobs"] or last["finish"] or last["extra"]:
+            events.append(chunks.change(answer.index, {"delta": {}}, **last))
+        return b"".join(events)
 
     def logprobs(self, answer: Answer, since: int) -> dict[str, Any] | None:
         """Logprobs from token number `since` on; asked once for each token, in order."""
@@ -45,11 +73,18 @@ class ChatForm:
 
     def choice(self, answer: Answer) -> dict[str, Any]:
         """An answer that is over."""
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        finish = answer.finish
+        if self._tools is not None:
+            reader = self._reader(answer)
+            reader.feed(answer.text)
+            reader.finish()
+            message, finish = reader.message(), reader.finish_reason(finish)
         return {
             "index": answer.index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": message,
             "logprobs": self.logprobs(answer, 0),
-            "finish_reason": answer.finish,
+            "finish_reason": finish,
             "stop_reason": answer.stop_reason,
             **self.ids(answer, 0),
         }
@@ -57,6 +92,12 @@ class ChatForm:
     def beside(self) -> dict[str, Any]:
         """What a whole response has beside its choices."""
         return {"prompt_token_ids": self._asked.prompts[0]} if self._body.return_token_ids else {}
+
+    def _reader(self, answer: Answer) -> Reader:
+        assert self._tools is not None, "only answers that may call are read"
+        if answer.index not in self._readers:
+            self._readers[answer.index] = self._tools.reader()
+        return self._readers[answer.index]
 
 
 class CompletionForm:
@@ -80,6 +121,10 @@ class CompletionForm:
             return chunks.full(answer.index, "", extra=extra) if extra else b""
         logprobs = self._prompt_logprobs(answer)
         return chunks.full(answer.index, self._echo(answer), logprobs=logprobs, extra=extra)
+
+    def event(self, chunks: Chunks, answer: Answer, piece: str, since: int) -> bytes:
+        """As in `ChatForm`."""
+        return _event(self, chunks, answer, piece, since)
 
     def logprobs(self, answer: Answer, since: int) -> dict[str, Any] | None:
         """As in `ChatForm`."""
@@ -139,3 +184,14 @@ class CompletionForm:
 
 
 Form = ChatForm | CompletionForm
+
+
+def _event(form: Form, chunks: Chunks, answer: Answer, piece: str, since: int) -> bytes:
+    return chunks.full(
+        answer.index,
+        piece,
+        logprobs=form.logprobs(answer, since),
+        finish=answer.finish,
+        stop_reason=answer.stop_reason,
+        extra=form.ids(answer, since),
+    )

@@ -143,6 +143,7 @@ class EventStream(Response):
             except ApiError as error:
                 await error_response(error)(scope, receive, send)
                 return
+            self._sending_since = asyncio.get_running_loop().time()
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await self._send(send, first)
             if first is not DONE:

@@ -122,7 +122,7 @@ class Telemetry:
         record("altiplano_request_s", seconds, {"model": model, "path": path})
 
     def rejected(self, reason: str) -> None:
-        """A request was refused before a model saw it (`key`, `rate`, `body`, `full`)."""
+        """A request was refused before a model saw it (`key`, `body`, `full`)."""
         self._meters.record("altiplano_http_rejected", 1, {"reason": reason})
 
     def began(self, model: str) -> None:

@@ -115,7 +115,7 @@ class TextCodec:
                 code="no_chat_template",
                 param="messages",
             )
-        cleaned = [{**message, "content": self._clean(message["content"])} for message in messages]
+        cleaned = [{**message, "content": self.clean(message["content"])} for message in messages]
         return self.template.render(cleaned, **variables)
 
     def text_of(self, id_: int) -> tuple[str, bytes]:
@@ -151,7 +151,8 @@ class TextCodec:
             [self._special.get(id_, "").encode() or raw for id_, raw in enumerate(self._raw)]
         )
 
-    def _clean(self, content: str) -> str:
+    def clean(self, content: str) -> str:
+        """What people wrote, a space in place of each control piece, which would act else."""
         return self._control.sub(" ", content) if self._control is not None else content
 
 

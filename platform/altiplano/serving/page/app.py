@@ -11,7 +11,6 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
-from ray import serve
 from starlette.middleware import Middleware
 
 from altiplano.serving.page.arena import Votes
@@ -77,15 +76,15 @@ def make_page(api_url: str, root_path: str = "/chat", data_dir: Path = Path("pag
     )
 
 
-@serve.ingress()
 class Page:
-    """The page as a Serve deployment; one replica, because a visitor's session lives in it."""
+    """For `serve.ingress`; one replica, because a visitor's session lives in its process."""
 
     def __init__(self, api_url: str, data_dir: str, root_path: str = "/chat") -> None:
         """As for `make_page`; `root_path` is the application's route prefix."""
         self._built = make_page(api_url, root_path, Path(data_dir))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        """What Serve serves, once the constructor is through."""
         return self._built
 
 

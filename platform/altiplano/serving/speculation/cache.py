@@ -24,6 +24,8 @@ from altiplano.serving.speculation.protocol import digest
 Ids = npt.NDArray[np.int32]
 
 _SMALLEST_BLOCK = 64
+_FEWEST_SEQUENCES = 4
+"""Of full length, that must fit."""
 _NAMES_KEPT = 4
 """States by which a sequence is found: an engine whose last ask was lost names an earlier one."""
 _SHORTEST_PREFIX = 16
@@ -123,20 +125,25 @@ class Cache:
     ) -> None:
         """Lay out the memory.
 
+        Args:
+            max_len: longest sequence; less where fewer than `_FEWEST_SEQUENCES` would fit.
+
         Raises:
-            ServeError: `gib` does not hold one sequence of `max_len` tokens.
+            ServeError: they would be shorter than a block.
         """
         self._shape, self._dtype = shape, dtype
         per_token = 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize
-        largest = Blocks(max_len, 0).largest
-        count = int(gib * 2**30) // (per_token * largest)
-        if count == 0:
-            need = per_token * largest / 2**30
+        tokens = int(gib * 2**30) // per_token
+        self.max_len = min(max_len, tokens // _FEWEST_SEQUENCES)
+        """Longest sequence it takes."""
+        if self.max_len < min(max_len, _SMALLEST_BLOCK):
             raise ServeError(
-                f"`draft.cache_gib` {gib:g} does not hold one sequence of {max_len} tokens "
-                f"({need:.3f} GiB): raise it, or lower `max_model_len`"
+                f"`draft.cache_gib` {gib:g} holds {tokens} tokens of this draft, too few to guess "
+                f"from ({per_token} bytes each): raise it"
             )
-        self._blocks = Blocks(max_len, count)
+        largest = Blocks(self.max_len, 0).largest
+        count = tokens // largest
+        self._blocks = Blocks(self.max_len, count)
         rows = count * largest * shape.kv_heads
         # Zeros: unused values are masked by adding -inf to scores, which leaves NaN what it is.
         self.arena = torch.zeros(
@@ -204,7 +211,6 @@ class Cache:
         if grown is None:
             return False
         self._copy(sequence, grown, sequence.known)
-        grown.length, grown.known = sequence.length, sequence.known
         self._sequences.remove(grown)
         self._blocks.give(sequence.start, sequence.size)
         sequence.start, sequence.size, sequence.ids = grown.start, grown.size, grown.ids

@@ -39,8 +39,9 @@ from altiplano.serving.speculation.sequences import Line, Mirror, check_ids
 
 _log = logging.getLogger(__name__)
 
-_GREETING_S = 2.0
-"""A replica that does not answer a greeting for so long is given up."""
+_PATIENCE_S = 1.0
+"""A replica that owes an answer for so long is given up; until then it is asked nothing more, and
+nobody waits for it."""
 _DIGESTING_S = 30.0
 """The same for one that reads long sequences."""
 _SHORT = 64
@@ -193,13 +194,13 @@ class RemoteDraft:
             self._counts.fell_back("vocabulary")
             return False
         if self._welcome is None:
-            if now - self._greeted_at > _GREETING_S:
+            if now - self._greeted_at > _PATIENCE_S:
                 return self._give_up("deadline", "it does not answer a greeting")
             self._counts.fell_back("connecting")
             return False
         if self._owed is None:
             return True
-        patience = _DIGESTING_S if self._owed.digesting else 3 * self._settings.deadline_ms / 1000
+        patience = _DIGESTING_S if self._owed.digesting else _PATIENCE_S
         if now - self._owed.at > patience:
             return self._give_up("deadline", "it does not answer")
         self._counts.fell_back("busy")

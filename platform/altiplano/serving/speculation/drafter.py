@@ -9,10 +9,12 @@ Knows no sockets. A pass costs about what reading the weights costs: 1 ms for 10
 one row on one core.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,8 @@ from altiplano.model.load import read_config
 from altiplano.serving.speculation.cache import Cache, Sequence
 from altiplano.serving.speculation.llama import Llama
 from altiplano.serving.speculation.protocol import AheadGuess, Guess, Row, digest
+
+_log = logging.getLogger(__name__)
 
 _PREFILL_MS = 8.0
 _FEWEST_READ = 16
@@ -101,13 +105,14 @@ class Drafter:
         Args:
             dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on GPUs, and on CPUs that
                 multiply it natively where the weights are stored so; otherwise float32.
-            max_len: longest sequence, in tokens; the model's own by default, and never more.
+            max_len: longest sequence, in tokens; the model's own by default and never more; less
+                where the cache is small (`max_tokens`).
             threads: torch's threads for this whole process; None leaves them as they are.
             prefill_ms: about how long prompts may hold an answer up.
 
         Raises:
             ModelError: the model is none that `Llama` computes.
-            ServeError: `cache_gib` does not hold one sequence.
+            ServeError: `cache_gib` holds too little to guess from.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -115,13 +120,19 @@ class Drafter:
         compute = _compute_dtype(Path(model_dir), dtype, self._device)
         self._llama = Llama(Path(model_dir), device=self._device, dtype=compute)
         shape = self._llama.shape
-        self.max_tokens = min(max_len or shape.max_len, shape.max_len)
-        """Longest sequence it takes, guesses included."""
+        longest = min(max_len or shape.max_len, shape.max_len)
         self.vocab_size = shape.vocab_size
         self.counts = Counts()
         self._cache = Cache(
-            shape, max_len=self.max_tokens, gib=cache_gib, device=self._device, dtype=compute
+            shape, max_len=longest, gib=cache_gib, device=self._device, dtype=compute
         )
+        self.max_tokens = self._cache.max_len
+        """Longest sequence it takes, guesses included."""
+        if self.max_tokens < longest:
+            _log.warning(
+                "draft.cache_gib %g is small for texts of %d tokens: beyond %d nothing is drafted",
+                cache_gib, longest, self.max_tokens,
+            )  # fmt: skip
         self._waiting: dict[Sequence, None] = {}
         self._prefill_s = prefill_ms / 1e3
         self._token_s = _FIRST_TOKEN_S
@@ -159,12 +170,16 @@ class Drafter:
         What is taken up together is not evicted for each other's sake.
         """
         self._cache.turn += 1
-        taken = [[self._take_up(row, owner) for row in rows] for owner, rows in asks]
-        works = [work for ask in taken for work in ask]
+        rows = [(owner, row) for owner, each in asks for row in each]
+        # Those that are held come first: newcomers must not push them out.
+        order = sorted(range(len(rows)), key=lambda index: rows[index][1].base_len == 0)
+        done = {index: self._take_up(rows[index][1], rows[index][0]) for index in order}
+        works = [done[index] for index in range(len(rows))]
         self.counts.rows += len(works)
         self.counts.missing += sum(work.missing for work in works)
         self.counts.evictions = self._cache.evictions
-        return taken
+        following = iter(works)
+        return [list(islice(following, len(each))) for _, each in asks]
 
     def finish(self, works: Rows[Work]) -> None:
         """Draft until each row has its k tokens or must wait for its prompt to be read."""
