@@ -26,7 +26,7 @@ ARGS ?=
 export KEEP
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint format bench-training lock clean
+.PHONY: help venv demo test lint format bench-training bench-serving lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -67,6 +67,9 @@ format: $(INSTALLED) ## Repair style and formatting
 
 bench-training: $(INSTALLED) ## Time training against a peer on the shared data (docs/performance.md)
 	PYTHONPATH=platform:. $(VENV_PYTHON) bench/training.py --output runs/bench/training.json $(ARGS)
+
+bench-serving: $(INSTALLED) ## Time serving against peers, speculation and faults (docs/performance.md)
+	PYTHONPATH=platform:. $(VENV_PYTHON) bench/serving.py --part all --ray --plot docs/images/autoscaling.png --output runs/bench/serving.json $(ARGS)
 
 lock: ## Resolve pyproject.toml into requirements/*.txt anew
 	$(firstword $(LOCK_PYTHONS)) tools/lock.py $(LOCK_PYTHONS)

@@ -12,14 +12,14 @@ from altiplano.config.training import Section
 
 
 class DraftSettings(Section):
-    """Speculative decoding: a small model guesses, the large one verifies (Leviathan et al. 2023)."""
+    """Speculative decoding: a small model guesses, the large verifies (Leviathan et al. 2023)."""
 
     placement: Literal["engine", "replica", "none"] = "engine"
     """Where the draft runs: inside each engine; as a Ray Serve deployment of its own that several
     engines share; nowhere. A run without a draft is served plainly."""
     method: Literal["auto", "drafter", "draft_model"] = "auto"
     """What drafts inside the engine: our own loop (`drafter`, as the replica runs it, which can
-    switch itself off) or vLLM's `draft_model`. `auto` is `drafter` on CPUs, `draft_model` on GPUs."""
+    switch itself off) or vLLM's `draft_model`; `auto` is the first on CPUs, the second on GPUs."""
     tokens: int = Field(4, ge=1, le=16)
     """Most tokens proposed per step; fewer where fewer pay."""
     adaptive: bool = True
