@@ -1,6 +1,7 @@
 """One model behind vLLM's own server, behind `ray.serve.llm` and behind ours, in turn.
 
-Each server is started alone with the same engine arguments, asked at every concurrency, and ended;
+Each server is started alone with the same engine arguments (but for vLLM as it comes, which runs
+the model in a process of its own on CPUs, as `ray.serve.llm` does), asked at every concurrency, and ended;
 the whole is repeated, so that a machine that is slow for a while is slow for all. Ratios are taken
 within a round, their median over the rounds is told.
 """
@@ -15,8 +16,8 @@ import load
 import serving_servers as servers
 from serving_servers import Engine, Server
 
-BARE, OURS, RAY = "vllm alone", "ours", "ray.serve.llm"
-NUMBERS = ("tokens_per_s", "ttft_ms.p50", "ttft_ms.p90", "gap_ms.p50", "gap_ms.p99")
+BARE, DEFAULT, OURS, RAY = "vllm alone", "vllm as it comes", "ours", "ray.serve.llm"
+NUMBERS = ("tokens_per_s", "ttft_ms.p50", "gap_ms.p50", "gap_ms.p90", "gap_ms.p99")
 _ROUTES = {"completions": False, "chat": True}
 
 Row = dict[str, Any]
@@ -27,7 +28,8 @@ def starters(model: Path, folder: Path, engine: Engine, *, with_ray: bool) -> di
     """How each server is started."""
     log = folder / "logs"
     found: dict[str, Start] = {
-        BARE: lambda: servers.vllm_alone(model, engine, log / "vllm.log"),
+        BARE: lambda: servers.vllm_alone(model, engine, log / "vllm.log", *servers.ONE_PROCESS),
+        DEFAULT: lambda: servers.vllm_alone(model, engine, log / "vllm_default.log"),
         OURS: lambda: servers.altiplano(model, engine, log / "ours.log"),
     }
     if with_ray:

@@ -25,6 +25,10 @@ from serving_models import ROOT
 
 MAX_SEQUENCES = 64
 KV_CACHE_BYTES = 512 << 20
+ONE_PROCESS = (
+    "--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+)  # fmt: skip
+"""Makes vLLM's server run scheduler and model in one process, on one thread, as ours does."""
 _START_S = 240.0
 _STOP_S = 40.0
 _NAME = "bench"
@@ -97,7 +101,8 @@ def vllm_alone(model: Path, engine: Engine, log: Path, *extra: str) -> Iterator[
         "--max-num-seqs", str(MAX_SEQUENCES), "--kv-cache-memory-bytes", str(KV_CACHE_BYTES),
         "--disable-uvicorn-access-log", *extra,
     ]  # fmt: skip
-    with _running(command, {}, port, log) as server:
+    variables = {"OMP_NUM_THREADS": "1"} if ONE_PROCESS[0] in extra else {}
+    with _running(command, variables, port, log) as server:
         yield server
 
 

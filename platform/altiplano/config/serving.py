@@ -77,7 +77,7 @@ class EngineSettings(Section):
     gpus_per_replica: int = Field(0, ge=0)
     """GPUs per replica (tensor parallel); 0 serves on the CPU."""
     cpus_per_replica: float = Field(1, ge=0)
-    """CPUs per replica, for Ray's bookkeeping."""
+    """CPUs per replica; on CPUs also the engine's threads."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type the engine computes in."""
     quantization: Literal["none", "4bit", "8bit"] = "none"

@@ -25,10 +25,29 @@ QUIET = {
 """Environment of a process that imports vLLM, and of the engine's own processes."""
 
 _MAX_LOGPROBS = 64
+# Ray's own executor would want a placement group; the GPUs are the replica's already.
+_GPU_EXECUTOR = "mp"
+# Scheduler and model in one process. With vLLM's choice for CPUs, a process of its own for the
+# model, the scheduler spins on a second core while it waits.
+_CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 _PROPOSER = "altiplano.serving.speculation.proposer.Proposer"
 _CPU_WORKER = "altiplano.serving.engine.worker.ExactCpuWorker"
 _QUANTIZATION = {"8bit": "fp8_per_channel", "4bit": "mxfp4"}
 """vLLM 0.29 has no bitsandbytes any more; these quantise 16-bit weights while loading too."""
+
+
+def environment(entry: ModelSettings) -> dict[str, str]:
+    """Variables that the engine's process reads when it starts.
+
+    Args:
+        entry: on CPUs `cpus_per_replica` is the number of its threads.
+    """
+    if entry.gpus_per_replica > 0:
+        return {}
+    threads = {"OMP_NUM_THREADS": str(max(1, int(entry.cpus_per_replica)))}
+    # Nothing is compiled then, but for helpers that would want a compiler at the first request
+    # for logprobs.
+    return {**threads, "TORCH_COMPILE_DISABLE": "1"} if entry.enforce_eager else threads
 
 
 def engine_arguments(
@@ -56,8 +75,7 @@ def engine_arguments(
         "enforce_eager": entry.enforce_eager,
         "max_num_seqs": entry.max_ongoing_requests,
         "tensor_parallel_size": max(1, entry.gpus_per_replica),
-        # Ray's own executor would want a placement group; the GPUs are the replica's already.
-        "distributed_executor_backend": "mp",
+        "distributed_executor_backend": _GPU_EXECUTOR if on_gpu else _CPU_EXECUTOR,
         # What a request may ask for, and what a beam of the widest kind needs beside.
         "max_logprobs": _MAX_LOGPROBS,
         "enable_prefix_caching": entry.task == "generate",

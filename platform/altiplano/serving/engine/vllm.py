@@ -15,7 +15,7 @@ from typing import Any
 from altiplano.config.serving import ModelSettings
 from altiplano.errors import AltiplanoError, ServeError
 from altiplano.serving.adapters import Adapter, open_adapter
-from altiplano.serving.engine.arguments import QUIET, engine_arguments, require_cache
+from altiplano.serving.engine.arguments import QUIET, engine_arguments, environment, require_cache
 from altiplano.serving.engine.base import EngineLost, InvalidJob
 from altiplano.serving.engine.slots import AdapterSlots
 from altiplano.serving.messages import About, Job, Step
@@ -75,6 +75,7 @@ class VllmEngine:
             raise ServeError(f"vLLM cannot serve {self._model_dir}: {error}") from error
 
     def _load(self) -> AsyncLLM:
+        os.environ.update(environment(self._entry))
         config = AsyncEngineArgs(**self._arguments).create_engine_config()
         require_cache(self._entry, config)
         engine = AsyncLLM(
