@@ -1,9 +1,9 @@
 """One model behind vLLM's own server, behind `ray.serve.llm` and behind ours, in turn.
 
-Each server is started alone with the same engine arguments (but for vLLM as it comes, which runs
-the model in a process of its own on CPUs, as `ray.serve.llm` does), asked at every concurrency, and ended;
-the whole is repeated, so that a machine that is slow for a while is slow for all. Ratios are taken
-within a round, their median over the rounds is told.
+Each server is started alone with the same engine arguments (vLLM as it comes and `ray.serve.llm`
+run a CPU's model in a process of its own), asked at every concurrency, and ended; the whole is
+repeated, so that a machine that is slow for a while is slow for all. Ratios are taken within a
+round, their median over the rounds is told.
 """
 
 import statistics

@@ -34,7 +34,9 @@ def build(args: dict[str, Any]) -> "Application":
 
     settings = dict(args)
     artifact = settings.pop("artifact", None)
-    section = _section(settings)
+    # Serve binds the port, to an address not known here: nothing may rest on its being loopback
+    # (without API keys the administrator's routes do).
+    section = _section({"host": "0.0.0.0", **settings})
     parts = find_parts(section, None if artifact is None else Path(artifact))
     return build_application(section, parts)
 

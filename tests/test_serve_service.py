@@ -119,10 +119,13 @@ def test_greedy_completions_are_those_of_transformers(
     from altiplano.vocabulary.load import Vocabulary
 
     vocabulary = Vocabulary(run / "merge")
-    answer = client.completions.create(
+    reply = client.completions.create(
         model="tiny", prompt=PROMPT, max_tokens=200, temperature=0,
         extra_body={"return_token_ids": True},
-    ).choices[0]  # fmt: skip
+    )  # fmt: skip
+    drafted = reply.usage.completion_tokens_details
+    assert 0 < drafted.accepted_prediction_tokens <= 200
+    answer = reply.choices[0]
     served = answer.model_dump()
     assert served["prompt_token_ids"] == [vocabulary.bos_id, *vocabulary.encode(PROMPT)]
     assert served["token_ids"] == greedy[0][:200]

@@ -159,11 +159,14 @@ def chat(
     url: Annotated[str, typer.Option(help="The service.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="Model name; the first served.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2)] = None,
+    seed: Annotated[int | None, typer.Option(help="The same draws every time.")] = None,
 ) -> None:
-    """Talk to a served model in the terminal."""
+    """Talk to a served model in the terminal (API key: ALTIPLANO_API_KEY)."""
     from altiplano.chat import chat as talk
 
-    talk(url, model=model, system=system)
+    talk(url, model, system, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
 
 @data_app.command("prepare")

@@ -68,9 +68,9 @@ class FakeService:
                 text = word if number == 0 else f" {word}"
                 yield _event(_chunk({"content": text} if chat else text, chat))
                 await asyncio.sleep(self.word_s)
-            counts = {"choices": [], "usage": _usage(len(words))}
-            draft = {"draft": {"proposed": 40, "accepted": 30}}
-            yield _event(_chunk("", chat) | counts | {"altiplano": draft})
+            drafted = {"accepted_prediction_tokens": 30, "rejected_prediction_tokens": 10}
+            usage = _usage(len(words)) | {"completion_tokens_details": drafted}
+            yield _event(_chunk("", chat) | {"choices": [], "usage": usage})
             yield "data: [DONE]\n\n"
             whole = True
         finally:

@@ -66,6 +66,10 @@ class Step(msgspec.Struct, array_like=True, omit_defaults=True):
     """Only in the first step, per prompt token; None at the first."""
     cached_tokens: int = 0
     """Prompt tokens whose KV cache was there (first step)."""
+    proposed: int = 0
+    """Tokens a draft proposed for the whole answer (last step, where the engine knows)."""
+    accepted: int = 0
+    """How many of those it has."""
     stop_token: int | None = None
     """The id in `stop_token_ids` that ended it, where one did."""
 

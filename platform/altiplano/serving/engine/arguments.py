@@ -149,18 +149,22 @@ def _draft_arguments(
     entry: ModelSettings, model_dir: Path, draft_dir: Path, channel: str | None
 ) -> dict[str, Any]:
     draft = entry.draft
+    # So that an answer's usage can say what the draft was worth to it.
+    told = {"per_request_spec_decode_metrics": "summary"}
     if not drafts_itself(entry, draft_dir):
         return {
+            **told,
             "speculative_config": {
                 "method": "draft_model",
                 "model": str(draft_dir),
                 "num_speculative_tokens": draft.tokens,
                 "draft_tensor_parallel_size": max(1, entry.gpus_per_replica),
-            }
+            },
         }
     from altiplano.serving.speculation.protocol import vocab_digest
 
     return {
+        **told,
         "speculative_config": {
             "method": "custom_class",
             "model": _PROPOSER,

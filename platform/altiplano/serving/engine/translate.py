@@ -66,6 +66,7 @@ def step_of(job: Job, output: RequestOutput, first: bool) -> Step:
     [made] = output.outputs
     tokens = list(made.token_ids)
     finish = made.finish_reason
+    speculated = made.spec_decode_metrics
     logprobs = None
     if made.logprobs is not None:
         logprobs = [
@@ -79,6 +80,10 @@ def step_of(job: Job, output: RequestOutput, first: bool) -> Step:
         logprobs=logprobs,
         prompt_logprobs=_prompt_logprobs(job, output) if first else None,
         cached_tokens=(output.num_cached_tokens or 0) if first else 0,
+        proposed=speculated.num_draft_tokens if speculated else 0,
+        accepted=sum(n * steps for n, steps in enumerate(speculated.histogram))
+        if speculated
+        else 0,
         stop_token=made.stop_reason if isinstance(made.stop_reason, int) else None,
     )
 

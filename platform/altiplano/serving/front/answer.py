@@ -49,6 +49,8 @@ class Answer:
         self.logprobs: list[list[TokenLogprob]] = []
         self.prompt_logprobs: list[list[TokenLogprob] | None] | None = None
         self.cached_tokens = 0
+        self.proposed = self.accepted = 0
+        """Tokens a draft proposed, and how many of them this answer has."""
         self.finish: str | None = None
         """`stop` or `length`, once it is over."""
         self.stop_reason: str | int | None = None
@@ -70,6 +72,7 @@ class Answer:
         if step.finish == "error":
             raise ApiError(500, "the engine failed at this answer")
         self.cached_tokens = self.cached_tokens or step.cached_tokens
+        self.proposed, self.accepted = step.proposed, step.accepted
         if step.prompt_logprobs is not None:
             self.prompt_logprobs = step.prompt_logprobs
         if self._wish.only_prompt:

@@ -47,6 +47,8 @@ class Asked:
     arrived: float = field(default_factory=time.monotonic)
     cached_tokens: int = 0
     completion_tokens: int = 0
+    proposed: int = 0
+    accepted: int = 0
 
     def answer(self, index: int) -> Answer:
         """A fresh answer for job `index`."""
@@ -95,13 +97,18 @@ class Asked:
         return answers[: len(found)]
 
     def usage(self) -> dict[str, Any]:
-        """Tokens so far, as OpenAI counts them: each prompt once."""
+        """Tokens so far, as OpenAI counts them: each prompt once, a draft's as predictions."""
         prompt_tokens = sum(map(len, self.prompts))
+        drafted = {
+            "accepted_prediction_tokens": self.accepted,
+            "rejected_prediction_tokens": self.proposed - self.accepted,
+        }
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            **({"completion_tokens_details": drafted} if self.proposed else {}),
         }
 
     def _lost(self) -> None:
@@ -113,6 +120,8 @@ class Asked:
         is_first = answer.index % (len(self.jobs) // len(self.prompts)) == 0
         made = len(answer.ids)
         self.completion_tokens += made
+        self.proposed += answer.proposed
+        self.accepted += answer.accepted
         self.cached_tokens += answer.cached_tokens if is_first else 0
         self.caller.charge(made + (prompt_tokens if is_first else 0))
         self.state.telemetry.ended(

@@ -272,12 +272,13 @@ def _words(question: Question, **more: Any) -> dict[str, Any]:
 
 def _count(reply: Any, into: Answer) -> None:
     """Take the counts of a reply that has some."""
-    if reply.usage is not None:
-        into.tokens = reply.usage.completion_tokens
-    own = (reply.model_extra or {}).get("altiplano") or {}
-    draft = own.get("draft") or {}
-    if draft.get("proposed"):
-        into.acceptance = draft["accepted"] / draft["proposed"]
+    if reply.usage is None:
+        return
+    into.tokens = reply.usage.completion_tokens
+    if (draft := reply.usage.completion_tokens_details) is not None:
+        accepted, rejected = draft.accepted_prediction_tokens, draft.rejected_prediction_tokens
+        if accepted is not None and rejected is not None and accepted + rejected:
+            into.acceptance = accepted / (accepted + rejected)
 
 
 def _one_line(error: OpenAIError) -> str:
