@@ -1,4 +1,4 @@
-"""The line on byte-level BPE bases (Llama-3's and Qwen's kind): tokenizer to merged model."""
+"""The line on a byte-level BPE base (Llama-3's kind): tokenizer to merged model."""
 
 import json
 from pathlib import Path
@@ -55,15 +55,10 @@ def write_run(folder: Path, family: Family) -> Path:
     return write_config(folder, tree)
 
 
-@pytest.fixture(scope="module", params=["llama3", "qwen"])
-def finished(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    ray_cluster: dict[str, str],
-) -> Project:
-    """Run every stage once per family."""
-    folder = tmp_path_factory.mktemp(request.param)
-    project = load_config(write_run(folder, request.param))
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, ray_cluster: dict[str, str]) -> Project:
+    """Run every stage once."""
+    project = load_config(write_run(tmp_path_factory.mktemp("run"), "llama3"))
     run_stages(project, build_stages(project))
     return project
 

@@ -10,14 +10,22 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from altiplano.config.serving import DraftSettings, KeySettings, LimitSettings, ServeSection
+from altiplano.config.serving import (
+    DraftSettings,
+    KeySettings,
+    LimitSettings,
+    ModelSettings,
+    ServeSection,
+)
 from altiplano.errors import ServeError
 from altiplano.serving import service
 from altiplano.serving.check import find_parts
 from altiplano.serving.front.keys import add_key
 from altiplano.serving.service import Service
+from tests.helpers.adapters import write_adapter
 from tests.helpers.serve_replicas import kill, replica_pids, wait_until
 from tests.helpers.served_run import Shape, write_served_run
+from tools.screenshots import ask, browser, enter, missing_programs, text, value, wait
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -69,7 +77,18 @@ def running(run: Path, keys: dict[str, str], ray_cluster: dict[str, str]) -> Ite
         ),
         keys=KeySettings(file=keys["file"]),
         limits=LimitSettings(max_n=4),
+        models=[
+            ModelSettings(
+                name="plain",
+                path=str(run / "merge"),
+                min_replicas=0,
+                max_replicas=1,
+                max_adapters=2,
+                draft=DraftSettings(placement="none"),
+            )
+        ],
         drain_s=5,
+        page=True,
     )
     started = service.start(section, find_parts(section, run))
     yield started
@@ -108,8 +127,8 @@ def greedy(run: Path) -> tuple[list[int], str]:
     return ids, vocabulary.decode(ids)
 
 
-def test_the_model_is_offered_by_its_name(client: "OpenAI") -> None:
-    assert [model.id for model in client.models.list()] == ["tiny"]
+def test_the_models_are_offered_by_their_names(client: "OpenAI") -> None:
+    assert [model.id for model in client.models.list()] == ["tiny", "plain"]
 
 
 def test_greedy_completions_are_those_of_transformers(
@@ -303,6 +322,85 @@ def test_the_draft_speculates_and_is_often_right(running: Service, client: "Open
     assert measured["draft_tokens"] <= 3 * measured["drafts"]
     assert measured["acceptance"] == measured["accepted_tokens"] / measured["draft_tokens"] <= 1
     assert 1 < measured["tokens_per_step"] <= 4
+
+
+def test_a_model_without_replicas_wakes_and_says_the_same_without_a_draft(
+    client: "OpenAI", greedy: tuple[list[int], str]
+) -> None:
+    assert replica_pids("Target-plain") == []
+    answer = client.completions.create(
+        model="plain", prompt=PROMPT, max_tokens=LONG, temperature=0, timeout=120
+    )
+    assert answer.choices[0].text.strip() == greedy[1].strip()
+    assert len(replica_pids("Target-plain")) == 1
+
+
+def test_a_seeded_draw_does_not_depend_on_the_draft(client: "OpenAI") -> None:
+    texts = [
+        client.completions.create(
+            model=model, prompt=PROMPT, max_tokens=60, temperature=1.1, seed=11
+        )
+        .choices[0]
+        .text
+        for model in ("tiny", "plain")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_adapters_come_and_go_while_serving(
+    running: Service, client: "OpenAI", keys: dict[str, str], tmp_path: Path
+) -> None:
+    from openai import NotFoundError
+
+    path = write_adapter(tmp_path / "adapter")
+
+    def post(what: str, body: dict[str, str], key: str = keys["admin"]) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.post(
+            f"{running.url}/v1/{what}_lora_adapter",
+            json=body,
+            headers=headers,
+            trust_env=False,
+            timeout=60,
+        )
+
+    wish = {"lora_name": "sung", "lora_path": str(path), "model": "plain"}
+    assert post("load", wish, keys["user"]).status_code == 403
+    assert post("load", {**wish, "lora_name": "../up"}).status_code == 400
+    assert post("load", {**wish, "model": "tiny"}).status_code == 400
+    loaded = post("load", wish)
+    assert loaded.is_success, loaded.text
+    assert [model.id for model in client.models.list()] == ["tiny", "plain", "sung"]
+
+    def say(model: str) -> str:
+        answer = client.completions.create(model=model, prompt=PROMPT, max_tokens=20, temperature=0)
+        return answer.choices[0].text
+
+    assert say("sung") != say("plain")
+    assert post("unload", {"lora_name": "sung"}).is_success
+    with pytest.raises(NotFoundError):
+        say("sung")
+
+
+@pytest.mark.skipif(
+    bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())}"
+)
+def test_the_page_beside_the_service_answers_with_a_key(
+    running: Service, keys: dict[str, str]
+) -> None:
+    url = f"{running.url}/chat"
+    upload = httpx.post(f"{url}/gradio_api/upload", content=b"x", trust_env=False)
+    assert upload.status_code == 404
+    with browser() as driver:
+        driver.get(url)
+        wait(lambda: "API key" in value(driver, "status"), "the page asks for a key")
+        enter(driver, "key", keys["user"] + "\n")
+        wait(lambda: value(driver, "chat-model") == "tiny", "the models are offered")
+        enter(driver, "longest", "40\n")
+        ask(driver, "chat", "mama ti do")
+        shown = text(driver, "chat-box")
+    assert "tokens/s" in shown
+    assert "draft" in shown
 
 
 # What dies, and what nobody notices.
