@@ -6,6 +6,7 @@ cores takes about 30 seconds, most of it imports in Serve's and vLLM's processes
 
 import contextlib
 import io
+import logging
 import signal
 import socket
 import threading
@@ -102,6 +103,7 @@ def start(section: ServeSection, parts: list[Part], *, may_grow: bool = False) -
     from ray import serve
 
     started = time.monotonic()
+    logging.getLogger(serve.__name__).setLevel(logging.WARNING)
     _require_idle_cluster()
     require_free_port(section.host, section.port)
     require_reachable(section.data_host, machines())
