@@ -84,7 +84,10 @@ def pair(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 def vllm_here() -> Iterator[None]:
     """Let vLLM run in this process, and put back what it changes here."""
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.envs import disable_envs_cache
 
+    # Another test's engine may have made vLLM remember its environment.
+    disable_envs_cache()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         for owner, name in (
