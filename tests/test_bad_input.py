@@ -272,7 +272,7 @@ def test_ctrl_c_in_a_cheap_stage_goes_on_the_next_time(
     tmp_path: Path, ray_cluster: dict[str, str]
 ) -> None:
     run = write_imported_run(tmp_path)
-    lines = [f"{number} " + "小船在河上。" * 40 for number in range(12_000)]
+    lines = [f"{number} " + "小船在河上。" * 40 for number in range(30_000)]
     (tmp_path / "zh.txt").write_text("\n\n".join(lines), encoding="utf-8")
     output = tmp_path / "run"
     with Command(tmp_path, *until("tokenizer", run)) as command:
