@@ -310,7 +310,9 @@ def test_the_terminal_client_answers_piped_questions(
 
 def test_a_second_service_on_the_cluster_is_refused(running: Service, run: Path) -> None:
     section = ServeSection(port=_free_port())
-    with pytest.raises(ServeError, match=r"already runs on this cluster \(altiplano, altiplano-chat\)"):
+    with pytest.raises(
+        ServeError, match=r"already runs on this cluster \(altiplano, altiplano-chat\)"
+    ):
         service.start(section, find_parts(section, run))
 
 
