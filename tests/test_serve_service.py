@@ -25,6 +25,7 @@ from altiplano.serving.service import Service
 from tests.helpers.adapters import write_adapter
 from tests.helpers.serve_replicas import kill, replica_pids, wait_until
 from tests.helpers.served_run import Shape, write_served_run
+from tests.helpers.tiny_vocabulary import HARD_TEXTS
 from tools.screenshots import ask, browser, enter, missing_programs, text, value, wait
 
 if TYPE_CHECKING:
@@ -151,19 +152,7 @@ def test_greedy_completions_are_those_of_transformers(
     assert answer.text.strip() == vocabulary.decode(greedy[0][:200]).strip()
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a  b   c",
-        " leading",
-        "line\n\nline\n",
-        "\ttab",
-        "雪山上的小船",
-        "龘𠮷 Ａ１",
-        "👩‍👩‍👧 é e\u0301",
-        "▁ ▁",
-    ],
-)
+@pytest.mark.parametrize("text", HARD_TEXTS)
 def test_the_engine_reads_the_ids_that_training_saw(client: "OpenAI", run: Path, text: str) -> None:
     from altiplano.vocabulary.load import Vocabulary
 

@@ -11,6 +11,19 @@ _ENGLISH = ("the river", "a small boat", "runs", "to", "mountain", "market", "un
 _CHINESE = ("河流", "小船", "山上", "下雪", "市场里", "有", "很多", "人", "和", "苹果", "。", "，")
 
 
+HARD_TEXTS = [
+    "a  b   c",
+    " leading",
+    "line\n\nline\n",
+    "\ttab",
+    "雪山上的小船",
+    "龘𠮷 Ａ１",
+    "👩‍👩‍👧 é e\u0301",
+    "▁ ▁",
+]
+"""Texts that tokenizers and their fast forms tend to disagree on."""
+
+
 def english_lines(count: int = 200, seed: int = 0) -> list[str]:
     """Lines of six English words or phrases."""
     rng = random.Random(seed)
