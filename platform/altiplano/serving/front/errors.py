@@ -115,7 +115,12 @@ def _from_validation(problems: Sequence[Any]) -> ApiError:
     param = ".".join(path) or None
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     where = f"`{param}`: " if param else ""
-    return ApiError(400, f"{where}{first['msg']}{more}", code=first["type"], param=param)
+    return ApiError(
+        400,
+        f"{where}{first['msg'].removeprefix('Value error, ')}{more}",
+        code=first["type"],
+        param=param,
+    )
 
 
 def _from_http(request: Request, error: HTTPException) -> ApiError:
