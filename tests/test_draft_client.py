@@ -134,16 +134,7 @@ def test_proposals_are_right_whatever_rows_do(replica, data):
     with _Engine(replica.address, overlap=data.draw(st.booleans())) as engine:
         world = engine.world
         for _ in range(data.draw(st.integers(4, 14))):
-            rows = len(world.sampled)
-            change = data.draw(st.sampled_from(["join", "twin", "leave", "swap", "none", "none"]))
-            if change == "join" and rows < 8:
-                world.join(data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=90)))
-            elif change == "twin" and 0 < rows < 8:
-                world.join(world.sequences[data.draw(st.integers(0, rows - 1))])
-            elif change == "leave" and rows:
-                world.leave(data.draw(st.integers(0, rows - 1)))
-            elif change == "swap" and rows > 1:
-                world.swap(0, rows - 1)
+            world.change(data)
             engine.step()
             time.sleep(0.001)
         assert engine.counts.fallbacks.keys() <= {"connecting", "busy"}

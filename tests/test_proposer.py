@@ -26,16 +26,7 @@ def test_proposals_are_what_the_draft_says_whatever_rows_do(data):
     world, draft = World(), ArithmeticDraft(memory=data.draw(st.sampled_from([2, 1000])))
     proposer = _proposer(draft)
     for _ in range(data.draw(st.integers(2, 12))):
-        rows = len(world.sampled)
-        change = data.draw(st.sampled_from(["join", "twin", "leave", "swap", "none", "none"]))
-        if change == "join" and rows < 8:
-            world.join(data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=90)))
-        elif change == "twin" and 0 < rows < 8:
-            world.join(world.sequences[data.draw(st.integers(0, rows - 1))])
-        elif change == "leave" and rows:
-            world.leave(data.draw(st.integers(0, rows - 1)))
-        elif change == "swap" and rows > 1:
-            world.swap(0, rows - 1)
+        world.change(data)
         world.step(waiting=[0] if data.draw(st.booleans()) else [])
         proposals = world.ask(proposer.propose)
         for fresh, sequence, tokens in zip(world.sampled, world.sequences, proposals, strict=True):

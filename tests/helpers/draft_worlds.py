@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import zmq
+from hypothesis import strategies as st
 
 from altiplano.serving.speculation.protocol import (
     VERSION,
@@ -111,6 +112,19 @@ class World:
             array[[one, other]] = array[[other, one]]
         for items in (self.sampled, self.proposals):
             items[one], items[other] = items[other], items[one]
+
+    def change(self, data: st.DataObject) -> None:
+        """Something that happens to the rows between steps, drawn by hypothesis; or nothing."""
+        rows = len(self.sampled)
+        change = data.draw(st.sampled_from(["join", "twin", "leave", "swap", "none", "none"]))
+        if change == "join" and rows < 8:
+            self.join(data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=90)))
+        elif change == "twin" and 0 < rows < 8:
+            self.join(self.sequences[data.draw(st.integers(0, rows - 1))])
+        elif change == "leave" and rows:
+            self.leave(data.draw(st.integers(0, rows - 1)))
+        elif change == "swap" and rows > 1:
+            self.swap(0, rows - 1)
 
     def step(self, waiting: Sequence[int] = ()) -> None:
         """The target verifies the proposals and adds a token; rows of `waiting` make nothing."""
